@@ -1,0 +1,50 @@
+"""The plain generation loop: the whole prefix anew for every token. Slow, obviously right: the oracle of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Set
+
+import torch
+
+from shared.errors import GenerationError
+from shared.model import SmolLM2
+from shared.sampling import SamplingParams, SamplingRow, sample
+
+
+def generate(
+    model: SmolLM2,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    max_new_tokens: int,
+    end_token_ids: Set[int] | Sequence[int] = (),
+) -> Iterator[int]:
+    """Yield the completion's tokens one by one; the end token stops it and is not yielded.
+
+    Positions end with the model's: a prompt of `max_position_embeddings` tokens yields nothing.
+
+    Raises:
+        GenerationError: the prompt is empty, too long, or holds an id the model does not know.
+    """
+    config = model.config
+    check_prompt(prompt_ids, config.vocab_size, config.max_position_embeddings)
+    completion: list[int] = []
+    row = SamplingRow(params, prompt_ids, completion)
+    for _ in range(min(max_new_tokens, config.max_position_embeddings - len(prompt_ids))):
+        with torch.inference_mode():
+            ids_1T = torch.tensor([[*prompt_ids, *completion]], device=model.device)
+            last_1D = model.hidden_states(ids_1T)[:, -1]
+            token_id = sample(model.logits(last_1D), [row])[0].token_id
+        if token_id in end_token_ids:
+            return
+        completion.append(token_id)
+        yield token_id
+
+
+def check_prompt(prompt_ids: Sequence[int], vocab_size: int, max_positions: int) -> None:
+    if not prompt_ids:
+        raise GenerationError("the prompt is empty; give at least one token")
+    if len(prompt_ids) > max_positions:
+        raise GenerationError(f"the prompt has {len(prompt_ids)} tokens; the model's context is {max_positions}")
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
+        raise GenerationError(f"the prompt holds a token id outside 0..{vocab_size - 1}")

@@ -1,0 +1,50 @@
+"""Logging set-up: one line of text each where a person reads, one JSON object each where a container collects."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+from typing import Literal
+
+LogStyle = Literal["auto", "text", "json"]
+
+CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
+
+
+def configure_logging(process: str, *, style: LogStyle = "auto", level: int = logging.INFO) -> None:
+    """Send every logger of this process to standard error, uvicorn's and redis's included.
+
+    Args:
+        process: what this process is, "api" or "worker"; stands in every line.
+        style: "auto" is JSON inside a container without a terminal, text elsewhere.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(json_formatter(process) if wants_json(style) else text_formatter(process))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for name in ("httpx", "httpx2", "httpcore"):  # they report every request as news
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def wants_json(style: LogStyle) -> bool:
+    if style != "auto":
+        return style == "json"
+    in_container = any(mark.exists() for mark in CONTAINER_MARKS)
+    return in_container and not sys.stderr.isatty() and importlib.util.find_spec("pythonjsonlogger") is not None
+
+
+def text_formatter(process: str) -> logging.Formatter:
+    return logging.Formatter(f"%(asctime)s %(levelname)-7s {process}: %(message)s", datefmt="%H:%M:%S")
+
+
+def json_formatter(process: str) -> logging.Formatter:
+    from pythonjsonlogger.json import JsonFormatter  # only the service installs it
+
+    return JsonFormatter(
+        ["levelname", "name", "message"],
+        rename_fields={"levelname": "level", "name": "logger"},
+        static_fields={"process": process},
+        timestamp="time",
+    )

@@ -1,0 +1,254 @@
+"""From the scores of the next token to one token: penalties, temperature, top-k, top-p, min-p, one draw per row.
+
+The meaning of every parameter is that of transformers' logits processors and vLLM. The draw is a function of
+(seed, index of the token) alone: a row gives the same token in any batch, on any worker, after any restart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.errors import GenerationError, WeightsError
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this leave one token in any case, and would divide by zero in fp32. vLLM's limit."""
+
+BITS_OF_ONE = 0x3F80_0000
+BUCKET_SHIFT = 19
+"""Drops all but 4 bits of a float's mantissa: 16 buckets for each halving of the weight."""
+
+BLOCK = 256
+"""Weights are summed in blocks of this many: only the block that holds the quantile is walked one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn. The defaults draw from the model's own distribution."""
+
+    temperature: float = 1.0
+    """0 is greedy: always the likeliest token; so is anything below `GREEDY_BELOW`."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 is off."""
+    top_p: float = 1.0
+    """Keep the fewest tokens whose probabilities reach p; 1 is off."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the likeliest; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divides positive scores of tokens seen in prompt or completion, multiplies negative ones; 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the score of every token seen in the completion."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's score once for each time it stands in the completion."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.temperature < math.inf, "temperature", self.temperature, "a number of 0 or more")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1 (off)")
+        require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "from 0 (off) to 1")
+        require(0.0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
+        require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "from -2 to 2")
+        require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "from -2 to 2")
+        require(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2**64 - 1")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def require(holds: bool, name: str, value: float, expected: str) -> None:
+    if not holds:
+        raise GenerationError(f"{name} is {value}; it must be {expected}")
+
+
+@dataclass(slots=True)
+class SamplingRow:
+    """One sequence at the moment its next token is drawn."""
+
+    params: SamplingParams
+    prompt_ids: Sequence[int] = ()
+    completion_ids: Sequence[int] = field(default_factory=list)
+
+    @property
+    def index(self) -> int:
+        """Place in the completion of the token to be drawn."""
+        return len(self.completion_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The token drawn; log-probabilities are the model's own, before penalties and temperature."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def sample(
+    logits_BV: Tensor, rows: Sequence[SamplingRow], *, logprobs: Sequence[int | None] | None = None
+) -> list[SampledToken]:
+    """Draw one token per row.
+
+    Args:
+        logits_BV: scores (B, V) of any float dtype, on any device. Not changed.
+        rows: one per row of the scores.
+        logprobs: per row, how many likeliest tokens to report beside the drawn one's log-probability; None for none.
+
+    Raises:
+        WeightsError: the scores are not numbers, which only damaged weights give.
+    """
+    assert logits_BV.dim() == 2 and logits_BV.shape[0] == len(rows), (logits_BV.shape, len(rows))
+    if not rows:
+        return []
+    others = [place for place, row in enumerate(rows) if not row.params.is_greedy or row.params.has_penalties]
+    token_ids = likeliest(logits_BV) if len(others) < len(rows) else [0] * len(rows)
+    if others:
+        chosen_BV = logits_BV if len(others) == len(rows) else logits_BV[others]
+        scores_BV = chosen_BV.to("cpu", torch.float32, copy=True).numpy()
+        for place, scores_V in zip(others, scores_BV, strict=True):
+            token_ids[place] = choose(scores_V, rows[place])
+    if logprobs is None or all(count is None for count in logprobs):
+        return [SampledToken(token_id) for token_id in token_ids]
+    return with_logprobs(logits_BV, token_ids, logprobs)
+
+
+def likeliest(logits_BV: Tensor) -> list[int]:
+    """Return each row's likeliest token, the first of equals.
+
+    On a GPU the ids alone leave the device. On a CPU NumPy's search is 15 times as fast as torch's in bfloat16.
+    """
+    if logits_BV.device.type == "cpu":
+        ids: list[int] = logits_BV.detach().float().numpy().argmax(axis=-1).tolist()
+        return ids
+    return logits_BV.argmax(dim=-1).tolist()
+
+
+def choose(scores_V: NDArray[np.float32], row: SamplingRow) -> int:
+    """Choose one row's token. Changes the scores.
+
+    NumPy on one thread: these vectors are too short to gain from torch's threads, which cost most on a busy machine.
+    """
+    apply_penalties(scores_V, row)
+    if row.params.is_greedy:
+        return int(scores_V.argmax())
+    scores_V -= scores_V.max()  # now no temperature, however small, overflows
+    scores_V /= np.float32(row.params.temperature)
+    weights_V = np.exp(scores_V)
+    if not weights_V.max() == 1.0:
+        raise WeightsError("the model's scores are not numbers; its weights are damaged, export or download them again")
+    return draw(weights_V, row.params, uniform(row.params.seed, row.index))
+
+
+def apply_penalties(scores_V: NDArray[np.float32], row: SamplingRow) -> None:
+    """Change the scores by repetition, then frequency and presence penalties.
+
+    Repetition (Keskar et al. 2019, arXiv 1909.05858, section 4.1) looks at prompt and completion, the other two at the
+    completion alone, as vLLM and OpenAI define them.
+    """
+    params = row.params
+    completion = np.asarray(row.completion_ids, dtype=np.int64)
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(np.concatenate((np.asarray(row.prompt_ids, dtype=np.int64), completion)))
+        scores = scores_V[seen]
+        penalty = np.float32(params.repetition_penalty)
+        scores_V[seen] = np.where(scores > 0, scores / penalty, scores * penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        ids, counts = np.unique(completion, return_counts=True)
+        scores_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
+
+
+def draw(weights_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
+    """Filter one row by top-k, then top-p, then min-p, and return the token at quantile `u` of what is left.
+
+    Args:
+        weights_V: probabilities over the likeliest token's, which is exactly 1.
+    """
+    kept = survivors(weights_V, params)
+    if kept is None:
+        return quantile(weights_V, u)
+    return int(kept[quantile(weights_V[kept], u)])
+
+
+def survivors(weights_V: NDArray[np.float32], params: SamplingParams) -> NDArray[np.intp] | None:
+    """Return the ids that top-k, top-p and min-p leave, in a fixed order; None where all stay."""
+    size = len(weights_V)
+    kept: NDArray[np.intp] | None = None
+    if 0 < params.top_k < size:
+        smallest = np.partition(weights_V, size - params.top_k)[size - params.top_k]
+        kept = np.flatnonzero(weights_V >= smallest)  # ties with the k-th stay, as in transformers
+    if params.top_p < 1.0:
+        kept = nucleus(weights_V, np.arange(size) if kept is None else kept, params.top_p)
+    if params.min_p > 0.0:
+        floor = np.float32(params.min_p)
+        kept = np.flatnonzero(weights_V >= floor) if kept is None else kept[weights_V[kept] >= floor]
+    return kept
+
+
+def nucleus(weights_V: NDArray[np.float32], ids: NDArray[np.intp], top_p: float) -> NDArray[np.intp]:
+    """Return the fewest of `ids` whose weights reach `top_p` of their sum. Holtzman et al. 2019, arXiv 1904.09751.
+
+    A token stays while those before it have not reached `top_p`, so at least one does. Sorting a whole vocabulary
+    takes milliseconds; instead tokens are counted into buckets by weight, and only the bucket in which the sum is
+    reached is sorted.
+    """
+    weights = weights_V[ids]
+    total = float(weights.sum(dtype=np.float64))
+    needed = top_p * total
+    # All tokens below this floor together weigh less than 1 - top_p, so the nucleus lies above it: most go here.
+    possible = weights >= (1.0 - top_p) * total / len(ids)
+    ids, weights = ids[possible], weights[possible]
+    # The bits of a positive float are ordered as the number is: exponent and 4 bits of mantissa, largest first.
+    buckets = (BITS_OF_ONE >> BUCKET_SHIFT) - (weights.view(np.int32) >> BUCKET_SHIFT)
+    reached = np.cumsum(np.bincount(buckets, weights=weights))
+    border = int(np.searchsorted(reached, needed, side="left"))
+    inside, candidates = ids[buckets < border], ids[buckets == border]
+    candidates = candidates[np.argsort(-weights_V[candidates], kind="stable")]
+    before = np.cumsum(weights_V[candidates], dtype=np.float64) + (reached[border - 1] if border else 0.0)
+    count = int(np.searchsorted(before, needed, side="left")) + 1
+    return np.concatenate((inside, candidates[:count]))
+
+
+def quantile(weights: NDArray[np.float32], u: float) -> int:
+    """Return the place at which the running sum of the weights passes `u` of the whole, for `u` in [0, 1)."""
+    blocks = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
+    target = u * blocks[-1]
+    block = min(int(np.searchsorted(blocks, target, side="right")), len(blocks) - 1)
+    start = block * BLOCK
+    cumulative = np.cumsum(weights[start : start + BLOCK], dtype=np.float64) + (blocks[block - 1] if block else 0.0)
+    return start + min(int(np.searchsorted(cumulative, target, side="right")), len(cumulative) - 1)
+
+
+def uniform(seed: int, index: int) -> float:
+    """Return a number in [0, 1), a fixed function of its arguments: Philox4x64-10 keyed by the seed, counted by index.
+
+    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=index)
+    return (int(generator.random_raw()) >> 11) * 2.0**-53
+
+
+def with_logprobs(logits_BV: Tensor, token_ids: Sequence[int], counts: Sequence[int | None]) -> list[SampledToken]:
+    """Attach log-probabilities of the raw scores to the rows that ask for them."""
+    tokens = [SampledToken(token_id) for token_id in token_ids]
+    asked = [place for place, count in enumerate(counts) if count is not None]
+    logprobs_BV = torch.log_softmax(logits_BV[asked].float(), dim=-1)
+    most = min(max(counts[place] or 0 for place in asked), logits_BV.shape[1])
+    chosen_B = logprobs_BV.gather(1, torch.tensor([[token_ids[place]] for place in asked], device=logits_BV.device))
+    best = logprobs_BV.topk(most, dim=-1)
+    best_ids, best_values = best.indices.tolist(), best.values.tolist()
+    for line, (place, logprob) in enumerate(zip(asked, chosen_B.squeeze(1).tolist(), strict=True)):
+        count = counts[place] or 0
+        pairs = tuple(zip(best_ids[line][:count], best_values[line][:count], strict=True))
+        tokens[place] = SampledToken(token_ids[place], logprob, pairs)
+    return tokens
