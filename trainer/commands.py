@@ -1,0 +1,178 @@
+"""What each command of `python -m trainer` does. Each takes the parsed options and returns lines for stdout."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.errors import ConfigError
+from shared.files import storage_errors
+from shared.model import SmolLM2
+from trainer import report
+from trainer.config import Directories, PromptSection, TrainConfig
+from trainer.evaluate import evaluate as evaluate_model
+from trainer.export import export_model
+from trainer.hardware import Hardware
+from trainer.plan import describe_needs
+from trainer.plan import plan as make_plan
+from trainer.plot import plot_run
+from trainer.prepare import PreparedData
+from trainer.recipe import load_recipe
+from trainer.recipe_data import load_data, prepare_data
+from trainer.run import Run, export_details
+from trainer.run_folder import RunFolder
+from trainer.run_log import RunLog
+from trainer.sample import sample_texts
+from trainer.state import Checkpoints
+from trainer.train import load_weights, network_shape
+
+Options = argparse.Namespace
+logger = logging.getLogger("trainer")
+
+
+def recipe(options: Options) -> list[str]:  # noqa: ARG001
+    """Name the recipe that suits this machine."""
+    if torch.cuda.is_available():
+        sys.stderr.write(f"original, because this machine has {torch.cuda.get_device_name()}\n")
+        return ["original"]
+    sys.stderr.write("cpu, because PyTorch sees no CUDA GPU here\n")
+    return ["cpu"]
+
+
+def prepare(options: Options) -> list[str]:
+    """Bring the text and turn it into tokens."""
+    show_messages()
+    config = load_recipe(options.recipe, options.overrides)
+    data = prepare_data(config.data, Directories())
+    return [
+        f"{source}: {len(tokens.train):,} tokens to train on, {len(tokens.held_out):,} held out"
+        for source, tokens in data.token_files.items()
+    ]
+
+
+def plan(options: Options) -> list[str]:
+    """Say what a training would do with the data there is."""
+    show_messages()
+    config = load_recipe(options.recipe, options.overrides)
+    return [describe_plan(config, prepare_data(config.data, Directories()))]
+
+
+def train(options: Options) -> list[str]:
+    """Prepare, plan, train or resume, plot, export."""
+    config = load_recipe(options.recipe, options.overrides)
+    directories = Directories()
+    if options.dry_run:
+        show_messages()
+        return [describe_plan(config, prepare_data(config.data, directories)), "dry run: nothing was trained"]
+    folder = RunFolder(directories.runs_dir / checked_name(options.run or config.name))
+    with folder.locked():
+        folder.open(config)
+        with RunLog(folder.training_log) as log, storage_errors(folder.path):
+            data = prepare_data(config.data, directories)
+            log.say(describe_plan(config, data))
+            Run(config, data, folder, models_dir=directories.models_dir, log=log).to_the_end()
+    return []
+
+
+def evaluate(options: Options) -> list[str]:
+    """Measure a checkpoint's held-out loss."""
+    config, data, model, state = open_checkpoint(options)
+    hardware = Hardware.choose(config)
+    results = evaluate_model(
+        model.to(hardware.device),
+        data.token_files,
+        sequence_length=config.sequence_length,
+        max_windows=config.evaluate_windows,
+        rows_per_pass=config.micro_batch_size,
+        dtype=hardware.dtype,
+    )
+    assert results is not None, "nothing asks it to stop"
+    return [report.evaluation_table(state["step"], results, {})]
+
+
+def sample(options: Options) -> list[str]:
+    """Let a checkpoint continue prompts."""
+    config, data, model, state = open_checkpoint(options)
+    prompts = [PromptSection(text=text) for text in options.prompt or ()] or config.prompts
+    temperature = config.sample_temperature if options.temperature is None else options.temperature
+    rows = sample_texts(
+        model.to(Hardware.choose(config).device),
+        data.tokenizer,
+        prompts,
+        step=state["step"],
+        max_new_tokens=options.tokens or config.sample_tokens,
+        trained_length=config.sequence_length,
+        temperature=temperature,
+        seed=config.seed if options.seed is None else options.seed,
+    )
+    assert rows is not None, "nothing asks it to stop"
+    return [report.samples_text(state["step"], rows)]
+
+
+def plot(options: Options) -> list[str]:
+    """Draw a run's plots from its metrics."""
+    folder = RunFolder(Directories().runs_dir / checked_name(options.run))
+    folder.read_recipe()
+    return [str(path) for path in plot_run(folder)]
+
+
+def export(options: Options) -> list[str]:
+    """Write a checkpoint as an export."""
+    config, data, model, state = open_checkpoint(options)
+    directories = Directories()
+    folder = RunFolder(directories.runs_dir / options.run)
+    name = checked_name(options.name or config.export_name or folder.name)
+    exported = export_model(
+        directories.models_dir / name,
+        model.to(Hardware.choose(config).device),
+        data.tokenizer,
+        data.token_files,
+        trained_length=config.sequence_length,
+        details=export_details(folder, config, state),
+    )
+    assert exported is not None, "nothing asks it to stop"
+    return [exported.summary()]
+
+
+def open_checkpoint(options: Options) -> tuple[TrainConfig, PreparedData, SmolLM2, dict[str, Any]]:
+    """Return a run's recipe, its data, and the network of the checkpoint that was asked for, on the CPU.
+
+    Raises:
+        ConfigError: no such run, or its data is no longer what it was trained on.
+        WeightsError: no such checkpoint, or it is damaged.
+    """
+    show_messages()
+    directories = Directories()
+    folder = RunFolder(directories.runs_dir / checked_name(options.run))
+    config = folder.read_recipe()
+    checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
+    state = checkpoints.load(checkpoints.choose(options.checkpoint))
+    data = load_data(config.data, directories)
+    if data.tokenizer.sha256 != state["tokenizer_sha256"]:
+        raise ConfigError(f"run {folder.name!r} was trained with another tokenizer than the one in data/; restore it")
+    model = SmolLM2(network_shape(config, data.tokenizer))
+    load_weights(model, state["model"])
+    return config, data, model, state
+
+
+def describe_plan(config: TrainConfig, data: PreparedData) -> str:
+    """The plan as text; refuses what cannot be right."""
+    needs = describe_needs(network_shape(config, data.tokenizer), keep_checkpoints=config.keep_checkpoints)
+    return f"{make_plan(config, data)}\n\n{needs}"
+
+
+def checked_name(name: str) -> str:
+    """Refuse a run or export name that is a path: it would lead out of its folder."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise ConfigError(f"{name!r} is no name; use letters, digits, dots, dashes and underscores")
+    return name
+
+
+def show_messages() -> None:
+    """Let the commands that write no training.log speak on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -1,0 +1,1 @@
+"""Where text comes from: one small file per kind of source."""

@@ -1,0 +1,97 @@
+"""Where a source's text comes from: the user's own file, a public one, or what needs no web. In this order, announced.
+
+What is brought lies in `data/brought/`, never where the user's files stand: as soon as `data/NAME.txt` appears it is
+used instead. Streaming of Hugging Face datasets belongs here as a further place to look.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import DataError
+from shared.files import storage_errors, write_atomically
+from trainer.corpus.download import PUBLIC_FILES, download
+from trainer.corpus.shakespeare import bring_plays
+from trainer.corpus.standard_library import bring_standard_library
+from trainer.corpus.word_problems import bring_word_problems
+
+log = logging.getLogger("trainer")
+
+USER_SUFFIXES = (".txt", ".jsonl")
+OFFLINE: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "input": (".txt", bring_plays),
+    "code": (".jsonl", bring_standard_library),
+    "math": (".jsonl", bring_word_problems),
+}
+
+
+@dataclass(frozen=True)
+class SourceText:
+    """A source's text on this disk."""
+
+    source: str
+    path: Path
+    origin: str
+    """What it is and where it came from, for people and manifests."""
+
+
+def find_text(source: str, data_dir: Path, text_dir: Path | None = None) -> SourceText:
+    """Return a source's text, bringing or generating it where the user gave none; says what it used and why.
+
+    Raises:
+        DataError: the user's file is empty, or nothing can be brought, naming the file to provide.
+    """
+    own_folders = (text_dir, data_dir) if text_dir else (data_dir,)
+    for path in (folder / f"{source}{suffix}" for folder in own_folders for suffix in USER_SUFFIXES):
+        if path.exists():
+            if not path.is_file() or path.stat().st_size == 0:
+                raise DataError(f"{path} is empty: fill it, or remove it to let {source!r} be brought")
+            log.info("%s: your own %s (%s bytes)", source, path, f"{path.stat().st_size:,}")
+            return SourceText(source, path, f"the user's {path.name}")
+    reasons = [f"no {data_dir / source}.txt"]
+    folder = data_dir / "brought"
+    if brought := already_brought(source, folder):
+        log.info("%s: %s, as it was used before", source, brought.origin)
+        return brought
+    for suffix, bring in ways_to_bring(source):
+        path = folder / f"{source}{suffix}"
+        try:
+            with storage_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            origin = bring(path)
+        except DataError as error:
+            log.info("%s: %s; trying the next place", source, error)
+            reasons.append(str(error))
+            continue
+        write_atomically(folder / f"{source}.origin", f"{path.name}\n{origin}\n")
+        log.info("%s: %s (%s)", source, origin, reasons[0])
+        return SourceText(source, path, origin)
+    raise DataError(f"no text for source {source!r} ({'; '.join(reasons)}): put your own into {data_dir / source}.txt")
+
+
+def already_brought(source: str, folder: Path) -> SourceText | None:
+    """Return what an earlier run brought, if it is whole: the note beside it is written last."""
+    note = folder / f"{source}.origin"
+    if not note.is_file():
+        return None
+    name, origin = note.read_text(encoding="utf-8").splitlines()
+    path = folder / name
+    return SourceText(source, path, origin) if path.is_file() else None
+
+
+def ways_to_bring(source: str) -> list[tuple[str, Callable[[Path], str]]]:
+    """The places to look after the user's own file, best first: (file suffix, function that writes the file)."""
+    ways: list[tuple[str, Callable[[Path], str]]] = []
+    if public := PUBLIC_FILES.get(source):
+
+        def from_web(path: Path) -> str:
+            download(public, path)
+            return public.title
+
+        ways.append((public.suffix, from_web))
+    if source in OFFLINE:
+        ways.append(OFFLINE[source])
+    return ways

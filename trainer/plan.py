@@ -1,0 +1,135 @@
+"""What a run will read before it starts: tokens, epochs and repeats of every source in every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from shared.config import ModelConfig
+from shared.errors import DataError
+from trainer.curriculum import Curriculum, Stage
+from trainer.prepare import PreparedData
+from trainer.token_file import TokenFile
+
+BYTES_PER_PARAMETER = 16
+"""fp32 weight, gradient and AdamW's two averages."""
+
+
+class PlannedData(Protocol):
+    @property
+    def max_epochs(self) -> float: ...
+
+
+class PlannedRun(Protocol):
+    """The part of a recipe a plan needs."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def data(self) -> PlannedData: ...
+    def curriculum_stages(self) -> list[Stage]: ...
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One source in one stage, or over the whole run."""
+
+    stage: str
+    steps: str
+    source: str
+    num_tokens: int
+    share: float
+    epochs: float
+    """How often the run has read the source by the end of this stage."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's reading list; `str()` is the table people see."""
+
+    rows: tuple[PlanRow, ...]
+    totals: tuple[PlanRow, ...]
+    num_steps: int
+    tokens_per_step: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_steps:,} steps of {self.tokens_per_step:,} tokens = {self.num_tokens:,} tokens", ""]
+        lines.append(f"{'stage':<22}{'steps':<13}{'source':<12}{'tokens':>13}{'share':>9}{'epochs so far':>16}")
+        shown = ""
+        for row in (*self.rows, *self.totals):
+            stage, steps = (row.stage, row.steps) if row.stage != shown else ("", "")
+            shown = row.stage
+            lines.append(
+                f"{stage:<22}{steps:<13}{row.source:<12}{row.num_tokens:>13,}{row.share:>9.2%}{row.epochs:>16.2f}"
+            )
+        return "\n".join(lines)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_steps * self.tokens_per_step
+
+
+def plan(config: PlannedRun, data: PreparedData) -> Plan:
+    """Lay out a recipe over its token files.
+
+    Raises:
+        DataError: a source would be read more often than `data.max_epochs`, or has not one window.
+    """
+    made = lay_out(config.curriculum_stages(), data.token_files, config.batch_size, config.sequence_length)
+    for total in made.totals:
+        if total.epochs > config.data.max_epochs:
+            file = data.token_files[total.source]
+            raise DataError(
+                f"source {total.source!r} has {file.num_train_bytes:,} bytes, {len(file.train):,} tokens to train "
+                f"on; the stages ask for {total.num_tokens:,}, which repeats it {total.epochs:,.1f} times, above "
+                f"data.max_epochs = {config.data.max_epochs:g}: add text, lower its shares, or raise data.max_epochs"
+            )
+    return made
+
+
+def lay_out(stages: list[Stage], token_files: Mapping[str, TokenFile], batch_size: int, sequence_length: int) -> Plan:
+    """Count every source's tokens per stage; `epochs` counts windows drawn over windows there are."""
+    curriculum = Curriculum(stages, batch_size)
+    windows = {name: token_files[name].num_windows(sequence_length) for name in curriculum.sources}
+    for name, count in windows.items():
+        if count < 1:
+            raise DataError(
+                f"source {name!r} has {len(token_files[name].train)} tokens to train on, fewer than one window of "
+                f"{sequence_length + 1}: add text or lower sequence_length"
+            )
+    rows = []
+    for stage in stages:
+        before, after = curriculum.counts_through(stage.start_step), curriculum.counts_through(stage.end_step)
+        for name in stage.shares:
+            drawn = after[name] - before[name]
+            rows.append(
+                PlanRow(
+                    stage.name,
+                    f"{stage.start_step}-{stage.end_step}",
+                    name,
+                    drawn * sequence_length,
+                    drawn / (stage.num_steps * batch_size),
+                    after[name] / windows[name],
+                )
+            )
+    through = curriculum.counts_through(curriculum.num_steps)
+    all_windows = curriculum.num_steps * batch_size
+    totals = tuple(
+        PlanRow("whole run", "", name, count * sequence_length, count / all_windows, count / windows[name])
+        for name, count in through.items()
+    )
+    return Plan(tuple(rows), totals, curriculum.num_steps, batch_size * sequence_length)
+
+
+def describe_needs(model: ModelConfig, *, keep_checkpoints: int) -> str:
+    """Return one line on memory and disk: training state, and the checkpoints and exports it leaves."""
+    state = model.num_parameters * BYTES_PER_PARAMETER
+    checkpoints = model.num_parameters * 12 * (keep_checkpoints + 1)
+    export = model.num_parameters * 4
+    return (
+        f"{model.num_parameters:,} parameters; training state {state / 2**20:,.0f} MiB and activations in memory; "
+        f"checkpoints {checkpoints / 2**20:,.0f} MiB and exports {export / 2**20:,.0f} MiB on disk"
+    )

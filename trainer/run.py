@@ -1,0 +1,311 @@
+"""The loop around the updates: logging, evaluation, samples, checkpoints, stopping, rolling back, finishing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.device import peak_flops
+from shared.errors import ConfigError
+from trainer import report
+from trainer.config import TrainConfig
+from trainer.evaluate import evaluate, mean_loss
+from trainer.export import export_model
+from trainer.metrics import MFU_FORMULA, Clock, Metrics, flops_per_token
+from trainer.optimizer import describe_groups
+from trainer.plot import plot_run
+from trainer.prepare import PreparedData
+from trainer.run_folder import RunFolder
+from trainer.run_log import RunLog
+from trainer.sample import sample_texts
+from trainer.signals import StopRequest
+from trainer.state import Best, Checkpoints, check_free_space
+from trainer.train import StepResult, Trainer
+
+logger = logging.getLogger("trainer")
+
+FP32_COPIES_SAVED = 3  # weights and AdamW's two averages
+BYTES_OF_FP32 = 4
+
+
+class Run:
+    """One recipe trained into one folder, from wherever it was left."""
+
+    def __init__(
+        self, config: TrainConfig, data: PreparedData, folder: RunFolder, *, models_dir: Path, log: RunLog
+    ) -> None:
+        """Open the run and restore its newest whole checkpoint, if it has one.
+
+        Raises:
+            ConfigError: the folder holds a run of another recipe or of other data.
+            WeightsError: every checkpoint is damaged.
+            StorageError: the disk refuses, or has no room for the checkpoints.
+        """
+        self.config, self.data, self.folder, self.log = config, data, folder, log
+        self.export_folder = models_dir / (config.export_name or folder.name)
+        self.stages = config.curriculum_stages()
+        self.trainer = Trainer(config, data)
+        self.peak = peak_flops(self.trainer.device, self.trainer.dtype)
+        self.checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
+        self.checkpoints.clear_half_written()
+        self.sick_at: int | None = None
+        if (state := self.checkpoints.load_newest()) is not None:
+            self.trainer.restore(state)
+        else:
+            per_checkpoint = self.trainer.model_config.num_parameters * FP32_COPIES_SAVED * BYTES_OF_FP32
+            check_free_space(folder.path, per_checkpoint * (config.keep_checkpoints + 2))
+        self.first_step = self.saved_step = self.logged_step = self.trainer.step
+        self.metrics = Metrics(folder, resume_step=self.trainer.step)
+        self.clock = Clock()
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.trainer.step
+
+    def to_the_end(self) -> Literal["finished", "stopped"]:
+        """Train until the last step, or until a signal asks to stop; then export.
+
+        Raises:
+            ConfigError: the loss is not a number, twice at the same place.
+            WeightsError: weights that FP16 cannot hold.
+            StorageError: the disk refused; the checkpoints so far are whole.
+        """
+        with StopRequest() as stop:
+            self.introduce()
+            self.record_run("running")
+            try:
+                while True:
+                    self.observe(lambda: stop.requested)
+                    if stop.requested or self.owes_save():
+                        self.save()
+                    if stop.requested or self.step == self.config.num_steps:
+                        break
+                    self.advance(stop)
+                if self.step == self.config.num_steps and self.finish(lambda: stop.requested):
+                    return "finished"
+                self.record_run("stopped")
+                self.log.say(
+                    f"stopped at step {self.step}/{self.config.num_steps} and saved; the same command goes on from here"
+                )
+                return "stopped"
+            finally:
+                self.metrics.close()
+
+    def advance(self, stop: StopRequest) -> None:
+        """Do one update. Where anything looks at its result, make sure first that it is a result."""
+        result = self.trainer.train_step(lambda: stop.is_urgent)
+        if result is None:
+            return
+        is_logged = self.step == 1 or self.is_due(self.config.log_every)  # the first tells a person that it runs
+        if not (is_logged or self.owes_evaluation() or self.owes_samples() or self.owes_save() or stop.requested):
+            return
+        if not self.trainer.is_healthy():
+            self.roll_back()
+        elif is_logged:
+            self.record_step(result)
+
+    # What is due
+
+    def ended_stage(self) -> int | None:
+        """The index of the stage whose last update has just been done."""
+        return next((index for index, stage in enumerate(self.stages) if stage.end_step == self.step), None)
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps is due now; it always is at the end of a stage."""
+        return self.step % every == 0 or self.ended_stage() is not None
+
+    def owes_evaluation(self) -> bool:
+        return self.is_due(self.config.evaluate_every) and self.step not in self.metrics.evaluated_steps
+
+    def owes_samples(self) -> bool:
+        is_last = self.step == self.config.num_steps
+        due = self.step > 0 and (is_last or self.step % self.config.sample_every == 0)
+        return bool(self.config.prompts) and due and self.step not in self.metrics.sampled_steps
+
+    def owes_save(self) -> bool:
+        is_last = self.step == self.config.num_steps
+        return self.step > self.saved_step and (is_last or self.step % self.config.save_every == 0)
+
+    # What is done around a step
+
+    def record_step(self, result: StepResult) -> None:
+        """Write the train row of this step: the only place that waits for the device to tell numbers."""
+        losses_S = result.source_losses_S.tolist()
+        tokens_per_second = (self.step - self.logged_step) * self.config.tokens_per_step / self.clock.lap()
+        self.logged_step = self.step
+        flops = flops_per_token(self.trainer.model_config, self.config.sequence_length) * tokens_per_second
+        row = {
+            "step": self.step,
+            "stage": next(stage.name for stage in self.stages if self.step <= stage.end_step),
+            "loss": result.loss.item(),
+            "learning_rate": result.learning_rate,
+            "tokens_per_second": tokens_per_second,
+            "mfu": flops / self.peak.value if self.peak.value else None,
+            "grad_norm": result.grad_norm.item(),
+            "source_loss": {
+                source: losses_S[index] / int(result.source_tokens_S[index])
+                for index, source in enumerate(self.trainer.batches.source_names)
+                if result.source_tokens_S[index]
+            },
+            "tokens": self.step * self.config.tokens_per_step,
+        }
+        self.metrics.train(row)
+        eta_s = self.clock.total_s / max(1, self.step - self.first_step) * (self.config.num_steps - self.step)
+        self.log.progress(report.progress_line(row, num_steps=self.config.num_steps, eta_s=eta_s))
+
+    def observe(self, should_stop: Callable[[], bool]) -> None:
+        """Evaluate and sample where this step owes it; what a signal cuts short the resumed run owes again."""
+        if self.owes_evaluation() and not should_stop():
+            with self.clock.apart("evaluation"):
+                self.evaluate(should_stop)
+        if self.owes_samples() and not should_stop():
+            with self.clock.apart("samples"):
+                self.sample(should_stop)
+
+    def evaluate(self, should_stop: Callable[[], bool]) -> None:
+        """Measure held-out loss per source, say what it means, keep the checkpoint if it is the best so far."""
+        results = evaluate(
+            self.trainer.model,
+            self.data.token_files,
+            sequence_length=self.config.sequence_length,
+            max_windows=self.config.evaluate_windows,
+            rows_per_pass=self.config.micro_batch_size,
+            dtype=self.trainer.dtype,
+            should_stop=should_stop,
+        )
+        if results is None:
+            return
+        earlier = self.metrics.of_kind("evaluation")
+        gaps = self.train_gaps({source: result.loss for source, result in results.items()}, earlier)
+        self.metrics.evaluation(self.step, {source: result.as_row() for source, result in results.items()}, gaps)
+        self.log.say(report.evaluation_table(self.step, results, gaps))
+        for alarm in report.overfit_alarms(results, gaps, earlier, largest_gap=self.config.overfit_gap):
+            logger.warning(alarm)
+        if (ended := self.ended_stage()) is not None:
+            stage = self.stages[ended]
+            rows = self.metrics.of_kind("train", after=stage.start_step, through=stage.end_step)
+            evaluations = self.metrics.of_kind("evaluation", after=stage.start_step - 1, through=stage.end_step)
+            self.log.say(report.stage_summary(ended + 1, stage, rows, evaluations))
+        best = self.checkpoints.best()
+        if self.step > 0 and results and (best is None or mean_loss(results) < best.loss):
+            self.save()
+            self.checkpoints.mark_best(Best(self.step, mean_loss(results)))
+
+    def train_gaps(self, held_out: dict[str, float], earlier: list[dict[str, Any]]) -> dict[str, float]:
+        """Held-out minus train loss per source, the latter averaged over the rows since the evaluation before."""
+        rows = self.metrics.of_kind("train", after=earlier[-1]["step"] if earlier else 0)
+        gaps = {}
+        for source, loss in held_out.items():
+            losses = [row["source_loss"][source] for row in rows if source in row["source_loss"]]
+            if losses:
+                gaps[source] = loss - sum(losses) / len(losses)
+        return gaps
+
+    def sample(self, should_stop: Callable[[], bool]) -> None:
+        """Continue the recipe's prompts and record the texts."""
+        rows = sample_texts(
+            self.trainer.model,
+            self.data.tokenizer,
+            self.config.prompts,
+            step=self.step,
+            max_new_tokens=self.config.sample_tokens,
+            trained_length=self.config.sequence_length,
+            temperature=self.config.sample_temperature,
+            seed=self.config.seed,
+            should_stop=should_stop,
+        )
+        if rows is not None:
+            self.metrics.samples(self.step, rows)
+            self.log.say(report.samples_text(self.step, rows))
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one."""
+        if self.step == self.saved_step:
+            return
+        with self.clock.apart("saves"):
+            self.checkpoints.save(self.trainer.state())
+        self.saved_step = self.step
+
+    def roll_back(self) -> None:
+        """After a loss that is no number: go back to the last good state and try again, once.
+
+        Raises:
+            ConfigError: it happened a second time without getting further.
+        """
+        sick = self.step
+        self.trainer.start_afresh()
+        if (state := self.checkpoints.load_newest()) is not None:
+            self.trainer.restore(state)
+        self.saved_step = self.logged_step = self.step
+        self.metrics.rewind(self.step)
+        self.record_run("running")
+        if self.sick_at is not None and sick <= self.sick_at:
+            raise ConfigError(
+                f"the loss is not a number by step {sick}, twice from step {self.step} on; lower learning_rate "
+                f"({self.config.learning_rate:g}) or raise warmup_steps ({self.config.warmup_steps}) and train under "
+                "another name with --run NAME"
+            )
+        self.sick_at = sick
+        logger.warning("the loss is not a number by step %d; rolled back to step %d to try again", sick, self.step)
+
+    # Beginning and end
+
+    def introduce(self) -> None:
+        """Say what is about to happen and why it happens so."""
+        shape = self.trainer.model_config
+        verb = "resuming" if self.step else "training"
+        self.log.say(
+            f"{verb} run {self.folder.name!r} at step {self.step}/{self.config.num_steps}\n"
+            f"  model      {shape.num_parameters:,} parameters, vocabulary {shape.vocab_size:,}\n"
+            f"{self.trainer.hardware.description()}\n"
+            f"  optimizer  {describe_groups(self.trainer.optimizer)}\n"
+            f"  step       {self.config.gradient_accumulation_steps} x {self.config.micro_batch_size} rows of "
+            f"{self.config.sequence_length} tokens\n"
+            f"  MFU        {MFU_FORMULA}; peak {self.peak.reason}"
+        )
+
+    def record_run(self, state: str) -> None:
+        stages = [stage.model_dump(mode="json") for stage in self.config.stages]
+        self.metrics.run(state, at_step=self.step, num_steps=self.config.num_steps, stages=stages)
+
+    def finish(self, should_stop: Callable[[], bool]) -> bool:
+        """Plots, the export with its check, and the account of the time; False where `should_stop` came between."""
+        with self.clock.apart("plots"):
+            plots = plot_run(self.folder)
+        with self.clock.apart("export"):
+            export = export_model(
+                self.export_folder,
+                self.trainer.model,
+                self.data.tokenizer,
+                self.data.token_files,
+                trained_length=self.config.sequence_length,
+                details=export_details(self.folder, self.config, self.trainer.state()),
+                should_stop=should_stop,
+            )
+        if export is None:
+            return False
+        self.log.say(f"plots in {plots[0].parent}: {', '.join(path.name for path in plots)}\n{export.summary()}")
+        self.log.say(
+            report.time_summary(
+                total_s=self.clock.total_s,
+                training_s=self.clock.training_s,
+                apart_s=self.clock.apart_s,
+                num_tokens=(self.step - self.first_step) * self.config.tokens_per_step,
+            )
+        )
+        self.record_run("finished")
+        return True
+
+
+def export_details(folder: RunFolder, config: TrainConfig, state: dict[str, Any]) -> dict[str, Any]:
+    """What an export's manifest says of where its weights come from."""
+    return {
+        "run": folder.name,
+        "step": state["step"],
+        "data_hash": state["data_hash"],
+        "recipe": config.name,
+        "recipe_settings": config.model_dump(mode="json", exclude_none=True),
+    }

@@ -1,0 +1,139 @@
+"""Where everything of one run lies, and what is in its JSON-lines files."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ConfigError
+from shared.files import storage_errors, write_atomically
+from trainer.config import TrainConfig, changes_that_forbid_resume
+from trainer.recipe import load_recipe, to_toml
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """runs/NAME/, its files by name."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def training_log(self) -> Path:
+        return self.path / "training.log"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training the same run; the lock goes with the process, however it ends.
+
+        Raises:
+            ConfigError: another process is training it.
+            StorageError: the disk refused.
+        """
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another process is training run {self.name!r}; wait for it, or train under another --run NAME"
+                ) from None
+            yield
+
+    def open(self, config: TrainConfig) -> None:
+        """Check that the run in the folder, if any, is the one `config` describes; keep the resolved recipe there.
+
+        Raises:
+            ConfigError: the run there was trained under another recipe; the changed keys are named.
+            StorageError: the disk refused.
+        """
+        if self.recipe.is_file() and any(self.checkpoints.glob("step-*")):
+            changed = changes_that_forbid_resume(self.read_recipe(), config)
+            if changed:
+                raise ConfigError(
+                    f"run {self.name!r} was started with another recipe: {', '.join(changed)}; change that back, "
+                    "or train under another name with --run NAME"
+                )
+        write_atomically(self.recipe, to_toml(config))
+
+    def read_recipe(self) -> TrainConfig:
+        """Return the recipe the run was last trained under.
+
+        Raises:
+            ConfigError: there is no such run, or its recipe cannot be read.
+        """
+        if not self.recipe.is_file():
+            known = ", ".join(sorted(path.parent.name for path in self.path.parent.glob("*/recipe.toml"))) or "none"
+            raise ConfigError(f"there is no run {self.name!r} in {self.path.parent}; known runs: {known}")
+        return load_recipe(str(self.recipe))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file; a last line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add one line in one write, so that a reader never meets half a row of a living run.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    with storage_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(as_line(row))
+
+
+def keep_rows_through(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop rows of steps after `step`, which a resumed run will write again, and return those that stay."""
+    rows = read_rows(path)
+    kept = [row for row in rows if row.get("step", row.get("at_step", 0)) <= step]
+    if len(kept) < len(rows):
+        write_atomically(path, "".join(map(as_line, kept)))
+    return kept
+
+
+def as_line(row: dict[str, Any]) -> str:
+    """One row as one line for every reader: in plain ASCII, for Unicode has line breaks of its own."""
+    return json.dumps(row) + "\n"

@@ -1,0 +1,94 @@
+"""What a person sees: training.log with everything, and a console that stays readable.
+
+On a terminal progress is one line that renews itself; elsewhere it is a plain line every few seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from shared.errors import SmolLMError
+from shared.files import storage_errors
+
+PLAIN_PROGRESS_EVERY_S = 10.0
+
+
+class RunLog:
+    """Attach to the logger "trainer" as long as a run lasts."""
+
+    def __init__(self, path: Path, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.logger = logging.getLogger("trainer")
+        with storage_errors(path):
+            self.file_handler = logging.FileHandler(path, encoding="utf-8")
+        self.file_handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+        self.console_handler = ConsoleHandler(self.stream)
+        self.logger.addHandler(self.file_handler)
+        self.logger.addHandler(self.console_handler)
+        self.propagated, self.logger.propagate = self.logger.propagate, False
+        self.logger.setLevel(logging.INFO)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(error, SmolLMError):  # the console gets it from `__main__`
+            self.to_file(f"stopped: {error}")
+        self.close()
+
+    def say(self, text: str) -> None:
+        """Write to both; several lines stay together."""
+        self.logger.info(text)
+
+    def progress(self, text: str) -> None:
+        """Write a line of progress: to the file always, to the console as it can bear."""
+        self.to_file(text)
+        self.console_handler.progress(text)
+
+    def to_file(self, text: str) -> None:
+        self.file_handler.handle(self.logger.makeRecord("trainer", logging.INFO, "", 0, text, (), None))
+
+    def close(self) -> None:
+        self.console_handler.end_progress()
+        for handler in (self.file_handler, self.console_handler):
+            self.logger.removeHandler(handler)
+        self.file_handler.close()
+        self.logger.propagate = self.propagated
+
+
+class ConsoleHandler(logging.Handler):
+    """Messages on lines of their own, with one line of progress below them on a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.stream = stream
+        self.live = stream.isatty()
+        self.shows_progress = False
+        self.last_plain = float("-inf")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.end_progress()
+        prefix = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        self.stream.write(prefix + record.getMessage() + "\n")
+        self.stream.flush()
+
+    def progress(self, text: str) -> None:
+        if self.live:
+            self.stream.write(f"\r\x1b[2K{text}")  # back to the first column, wipe the line
+            self.shows_progress = True
+        elif time.monotonic() - self.last_plain >= PLAIN_PROGRESS_EVERY_S:
+            self.last_plain = time.monotonic()
+            self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def end_progress(self) -> None:
+        """Leave the last progress line standing and go on below it."""
+        if self.shows_progress:
+            self.stream.write("\n")
+            self.shows_progress = False
+            self.stream.flush()

@@ -1,0 +1,188 @@
+"""One update: batch, loss, gradient, optimizer; and the state that a resumed run needs.
+
+Every step is a pure function of the state before it and of the step's number, so a run that is killed anywhere and
+started again ends with the same bits as one left in peace. The loop around it is `trainer.run`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.config import ModelConfig
+from shared.errors import ConfigError
+from shared.model import SmolLM2
+from shared.tokenizer import Tokenizer
+from trainer.batches import Batches
+from trainer.config import TrainConfig
+from trainer.curriculum import Curriculum
+from trainer.hardware import Hardware
+from trainer.loss import IGNORED
+from trainer.optimizer import build_optimizer, set_learning_rate
+from trainer.prepare import PreparedData
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one update did; tensors stay on the device until someone asks, so that a step waits for nobody."""
+
+    loss: Tensor
+    """Mean over the step's valid tokens, in nats."""
+    grad_norm: Tensor
+    """Global norm before clipping."""
+    source_losses_S: Tensor
+    """Summed loss per source, in nats."""
+    source_tokens_S: NDArray[np.int64]
+    """Valid tokens per source."""
+    learning_rate: float
+
+
+class Trainer:
+    """The network, its optimizer and its batches; `step` updates are done."""
+
+    def __init__(self, config: TrainConfig, data: PreparedData) -> None:
+        """Make a network with fresh weights.
+
+        Raises:
+            ConfigError: sizes that do not fit together, or a device this machine has not.
+            TokenizerError: the tokenizer is not the model's.
+        """
+        self.config, self.data = config, data
+        self.model_config = network_shape(config, data.tokenizer)
+        self.hardware = Hardware.choose(config)
+        self.device, self.dtype = self.hardware.device, self.hardware.dtype
+        self.row_losses = self.hardware.row_losses()
+        curriculum = Curriculum(config.curriculum_stages(), config.batch_size)
+        self.batches = Batches(data.token_files, curriculum, seed=config.seed, sequence_length=config.sequence_length)
+        self.schedule = config.build_schedule()
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Fresh weights and optimizer, no update done."""
+        torch.manual_seed(self.config.seed)
+        self.model = SmolLM2(self.model_config)
+        scaled = self.config.scale_residual_init
+        residual_scale = (2 * self.model_config.num_hidden_layers) ** -0.5 if scaled else 1.0
+        self.model.initialize(self.config.seed, residual_scale=residual_scale)
+        self.model.to(self.device)
+        self.optimizer = build_optimizer(self.model, self.config, self.device)
+        self.healthy = torch.ones((), dtype=torch.bool, device=self.device)
+        self.step = 0
+
+    def is_healthy(self) -> bool:
+        """Whether every loss and gradient since the last restore was a finite number. Waits for the device."""
+        return bool(self.healthy)
+
+    def train_step(self, give_up: Callable[[], bool] = lambda: False) -> StepResult | None:
+        """Do the next update, or leave everything as it was and return None where `give_up` says so in between.
+
+        The loss of every micro-batch is divided by the valid tokens of the whole step, so how the rows are split
+        changes no gradient. Nothing here waits for the device.
+        """
+        config = self.config
+        batch = self.batches.batch_at(self.step)
+        inputs_BT, targets_BT, sources_B = (
+            self.hardware.to_device(array) for array in (batch.inputs_BT, batch.targets_BT, batch.sources_B)
+        )
+        valid_B = (batch.targets_BT != IGNORED).sum(axis=1)
+        num_tokens = max(1, int(valid_B.sum()))
+        losses: list[Tensor] = []
+        for first in range(0, config.batch_size, config.micro_batch_size):
+            if give_up():
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+            rows = slice(first, first + config.micro_batch_size)
+            losses_B = self.row_losses(self.model, inputs_BT[rows], targets_BT[rows], self.dtype)
+            (losses_B.sum() / num_tokens).backward()  # type: ignore[no-untyped-call]
+            losses.append(losses_B.detach())
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
+        learning_rate = self.schedule.learning_rate(self.step)
+        set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+        losses_B = torch.cat(losses)
+        loss = losses_B.sum() / num_tokens
+        self.healthy &= torch.isfinite(loss) & torch.isfinite(grad_norm)
+        num_sources = len(self.batches.source_names)
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            source_losses_S=torch.zeros(num_sources, device=self.device).index_add_(0, sources_B, losses_B),
+            source_tokens_S=np.bincount(batch.sources_B, weights=valid_B, minlength=num_sources).astype(np.int64),
+            learning_rate=learning_rate,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, as tensors and plain values; the tensors are not copied."""
+        on_cuda = self.device.type == "cuda"
+        return {
+            "step": self.step,
+            "recipe": self.config.model_dump_json(),
+            "data_hash": self.batches.data_hash,
+            "tokenizer_sha256": self.data.tokenizer.sha256,
+            "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state()` gave.
+
+        Raises:
+            ConfigError: it was trained on other data or with another tokenizer.
+        """
+        for key, here in (("data_hash", self.batches.data_hash), ("tokenizer_sha256", self.data.tokenizer.sha256)):
+            if state[key] != here:
+                what = "data" if key == "data_hash" else "a tokenizer"
+                raise ConfigError(
+                    f"this run was trained on {what} with hash {state[key][:12]} and here it is {here[:12]}; "
+                    "restore the old text, or train under another name with --run NAME"
+                )
+        load_weights(self.model, state["model"])
+        self.optimizer.load_state_dict(copied(state["optimizer"]))
+        torch.set_rng_state(state["random"].clone())
+        if state["random_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"].clone(), self.device)
+        self.healthy = torch.ones((), dtype=torch.bool, device=self.device)
+        self.step = int(state["step"])
+
+
+def network_shape(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Return the recipe's network with the tokenizer's vocabulary.
+
+    Raises:
+        TokenizerError: the recipe fixes a vocabulary that is not the tokenizer's.
+    """
+    shape = config.model.build(tokenizer_vocab_size=tokenizer.vocab_size, end_of_text_id=tokenizer.end_of_text_id)
+    tokenizer.check_fits(shape)
+    return shape
+
+
+def load_weights(model: SmolLM2, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's weights into a network of the same recipe."""
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == tensors.keys(), "a checkpoint's recipe is compared before its weights are read"
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def copied(value: Any) -> Any:
+    """Copy every tensor in nested containers: a checkpoint is memory-mapped and its file may go."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copied(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [copied(inner) for inner in value]
+    return value
