@@ -1,0 +1,1 @@
+"""Serves models over HTTP: `api` takes requests, `queue` keeps them in Redis, `worker` runs `engine`."""

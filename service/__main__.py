@@ -1,0 +1,96 @@
+"""`python -m service`: one command per process. Errors are one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from service.settings import Settings, get_settings
+from shared.errors import SmolLMError
+from shared.log import configure_logging
+
+DESCRIPTION = """\
+Serve language models over HTTP, with a bounded queue in Redis between the two kinds of process.
+
+  python -m service api        answers HTTP and admits jobs; needs no GPU; start as many as you like
+  python -m service worker     takes jobs from the queue and generates; one per GPU, or per machine
+  python -m service health     asks a running API how it is, in words
+
+Both serve every export in models/ (SMOLLM_MODELS_DIR); a new one is offered without a restart. They meet at
+SMOLLM_REDIS_URL (Redis >= 7.0 or Valkey >= 7.2). API_PORT moves the API. `make up` starts all of it at once.
+Try it:
+
+  curl -s http://127.0.0.1:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "First Citizen:"}'
+
+Every setting, with its default, stands in .env.example; every route in docs/api.md."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m service", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("api", help="serve HTTP until SIGTERM")
+    commands.add_parser("worker", help="take jobs and generate until SIGTERM")
+    health = commands.add_parser("health", help="ask the API at API_PORT; exit code 1 if it does not answer")
+    health.add_argument("--ready", action="store_true", help="exit code 1 also while it cannot serve a request yet")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    try:
+        settings = get_settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][-1]).upper()
+        name = name if name.startswith(("API_", "UI_", "SMOLLM_")) else f"SMOLLM_{name}"
+        print(f"The setting {name} is {first['input']!r}: {first['msg']}.", file=sys.stderr)
+        return 2
+    if options.command == "health":
+        return health(settings, must_be_ready=options.ready)
+    configure_logging(options.command, style=settings.log_format)
+    try:
+        if options.command == "api":
+            from service.api.server import run_api
+
+            run_api(settings)
+        else:
+            from service.worker import run_worker
+
+            run_worker(settings)
+    except SmolLMError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def health(settings: Settings, *, must_be_ready: bool) -> int:
+    """Print whether the API lives and whether it can serve; a container's health check needs only the first."""
+    here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+    address = f"http://{here.get(settings.api_host, settings.api_host)}:{settings.api_port}"
+    try:
+        with urllib.request.urlopen(f"{address}/ready", timeout=3) as response:
+            print(f"{address} is ready: {response.read(2_000).decode()}")
+    except urllib.error.HTTPError as error:
+        try:
+            reason = json.load(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            reason = f"it answered {error.code}"
+        print(f"{address} lives but is not ready: {reason}")
+        return 1 if must_be_ready or error.code != 503 else 0
+    except OSError as error:
+        print(f"{address} does not answer ({getattr(error, 'reason', error)}).")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""HTTP only: parses requests, admits jobs, follows their streams. Knows no engine."""

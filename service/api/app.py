@@ -1,0 +1,54 @@
+"""The FastAPI app: routes, error shape, middleware, and what lives as long as the process. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from service.api import generate, jobs, openai, runs, status, tokens
+from service.api.boundary import Boundary
+from service.api.documentation import install_documentation
+from service.api.errors import install_error_handlers
+from service.api.state import ApiState
+from service.settings import Settings
+
+DESCRIPTION = """\
+Language models trained here, served through a bounded queue. Begin with `POST /generate`, or point any OpenAI client
+at `/v1`. Every error has one shape: `{"error": {"message", "type", "param", "code"}}`."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the app; connections open when it starts and close when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.api = state = ApiState(settings)
+        await state.open()
+        try:
+            yield
+        finally:
+            await state.close()
+
+    app = FastAPI(
+        title="SmolLM2 curriculum service",
+        version=version(),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.add_middleware(Boundary, max_body_bytes=settings.max_body_bytes)
+    install_error_handlers(app)
+    install_documentation(app)
+    for room in (generate, jobs, openai, tokens, runs, status):
+        app.include_router(room.router)
+    return app
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("smollm2-curriculum")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder that was not installed
+        return "0"

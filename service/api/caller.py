@@ -1,0 +1,87 @@
+"""Who asks, and what the headers say about how: keys, idempotency, trace, stream or async."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.api.state import state_of
+from service.errors import InvalidApiKey, InvalidValue
+
+MAX_IDEMPOTENCY_KEY = 255
+MAX_CURSOR_DIGITS = 12
+TRACE_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+"""W3C Trace Context, version 00; anything else is no trace and is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """One request's headers, understood."""
+
+    key: str
+    """Whose jobs these are, for fair share: a hash of the API key, "" where none is asked for."""
+    idempotency_key: str | None
+    trace: str | None
+    wants_stream: bool
+    wants_async: bool
+
+
+async def identify(request: Request) -> Caller:
+    """Check the API key and read the headers. (Not async, it would cost a thread's hand-over per request.)
+
+    Raises:
+        InvalidApiKey: keys are asked for, and this one is missing or wrong.
+        InvalidValue: the Idempotency-Key is none.
+    """
+    headers = request.headers
+    key = _check_key(request, headers.get("authorization", ""))
+    idempotency_key = headers.get("idempotency-key")
+    if idempotency_key is not None and not (
+        0 < len(idempotency_key) <= MAX_IDEMPOTENCY_KEY and idempotency_key.isascii() and idempotency_key.isprintable()
+    ):
+        raise InvalidValue(
+            f"Idempotency-Key must be 1 to {MAX_IDEMPOTENCY_KEY} printable ASCII characters.", param="Idempotency-Key"
+        )
+    trace = headers.get("traceparent", "")
+    preferences = {part.strip().partition(";")[0].lower() for part in headers.get("prefer", "").split(",")}
+    return Caller(
+        key=key,
+        idempotency_key=idempotency_key,
+        trace=trace if TRACE_PARENT.fullmatch(trace) else None,
+        wants_stream="text/event-stream" in headers.get("accept", "").lower(),
+        wants_async="respond-async" in preferences,
+    )
+
+
+CallerDep = Annotated[Caller, Depends(identify)]
+
+
+def _check_key(request: Request, authorization: str) -> str:
+    """Return the hash of a valid key; compares with every key, whole, whether or not one matched already."""
+    keys = state_of(request).settings.api_keys
+    if not keys:
+        return ""
+    scheme, _, presented = authorization.partition(" ")
+    digest = hashlib.sha256(presented.strip().encode("utf-8", "surrogateescape")).digest()
+    matches = [hmac.compare_digest(digest, hashlib.sha256(key.get_secret_value().encode()).digest()) for key in keys]
+    if not any(matches) or scheme.lower() != "bearer":
+        raise InvalidApiKey("The API key is missing or wrong; send `Authorization: Bearer KEY`.")
+    return digest.hex()[:16]
+
+
+def read_cursor(request: Request) -> int:
+    """Return the index a stream goes on behind: `Last-Event-ID`, which reconnecting browsers add, else `?after=`."""
+    for name, value in (
+        ("Last-Event-ID", request.headers.get("last-event-id")),
+        ("after", request.query_params.get("after")),
+    ):
+        if value:
+            if not (value.isascii() and value.isdecimal() and len(value) <= MAX_CURSOR_DIGITS):
+                raise InvalidValue(f"{name} must be the id of an event of this stream, a number from 0.", param=name)
+            return int(value)
+    return 0

@@ -1,0 +1,363 @@
+"""What clients send and get, field by field. Names and defaults are the contract's; unknown fields are errors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 200
+MAX_LOGPROBS = 20
+MAX_CHOICES = 8
+MAX_JOBS = 16
+"""Prompts times choices of one request to /v1."""
+MAX_MESSAGES = 256
+MAX_NAME = 200
+MAX_TOKENS = 1_000_000
+"""Bound on what is read; what is served is bounded by the model's context."""
+
+
+def no_lone_surrogates(text: str) -> str:
+    """Refuse half a surrogate pair: it is no character, and no tokenizer or UTF-8 answer can carry it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a lone surrogate stands at character {error.start}; send whole characters") from error
+    return text
+
+
+def whole_number(value: object) -> object:
+    """Take 5.0 for 5, as JavaScript sends it, but never true for 1."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not a truth value")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def one_or_many(value: object) -> object:
+    """Take one stop string for a list of one, and null for none."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+def number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not a truth value")
+    return value
+
+
+Text = Annotated[str, AfterValidator(no_lone_surrogates)]
+Int = Annotated[int, BeforeValidator(whole_number)]
+Float = Annotated[float, BeforeValidator(number)]
+StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[
+    list[StopText],
+    BeforeValidator(one_or_many, json_schema_input_type=StopText | list[StopText] | None),
+    Field(max_length=MAX_STOPS),
+]
+Seed = Annotated[Int, Field(ge=0, lt=2**63)]
+Length = Annotated[Int, Field(ge=1, le=MAX_TOKENS)]
+ModelName = Annotated[Text, Field(min_length=1, max_length=MAX_NAME)]
+TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
+
+
+class Strict(BaseModel):
+    """No unknown field, no conversion from another type, nothing that is not finite."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
+
+
+class Sampling(Strict):
+    """How tokens are drawn; one meaning on every route."""
+
+    temperature: Annotated[Float, Field(ge=0, le=10)] = Field(0.7, description="0 is greedy")
+    top_k: Annotated[Int, Field(ge=0, le=1_000_000)] = Field(0, description="0 is off")
+    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(0.95, description="1 is off")
+    min_p: Annotated[Float, Field(ge=0, le=1)] = Field(0.0, description="0 is off")
+    repetition_penalty: Annotated[Float, Field(ge=0.01, le=10)] = Field(
+        1.0, description="over prompt and completion; 1 is off"
+    )
+    presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = Field(0.0, description="over the completion")
+    frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] = Field(0.0, description="over the completion")
+    seed: Seed | None = Field(None, description="null draws one, which the answer names")
+    stop: Stops = Field(default_factory=list, description="strings that end the completion and are not part of it")
+    timeout_s: Annotated[Float, Field(gt=0, le=86_400)] = Field(
+        300.0, description="the job ends by then with what it has, queued or running"
+    )
+    priority: Literal["high", "normal", "batch"] = Field("normal", description="who is served first; none starves")
+
+    def drawn_with(self, seed: int) -> dict[str, Any]:
+        """The fields of `shared.sampling.SamplingParams`."""
+        names = set(Sampling.model_fields) - {"seed", "stop", "timeout_s", "priority"}
+        return {**self.model_dump(include=names), "seed": seed}
+
+
+class GenerateRequest(Sampling):
+    """`POST /generate`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "First Citizen:", "max_new_tokens": 64, "temperature": 0.7}]}
+    )
+
+    prompt: Annotated[Text, Field(min_length=1)]
+    model: ModelName | None = Field(None, description="null is the default model")
+    max_new_tokens: Length = Field(128, description="lowered, with a warning, to what the model's context leaves")
+    max_tokens: Length | None = Field(None, description="another name of max_new_tokens")
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description="alternatives to report beside each token's own log-probability"
+    )
+    stream: bool = Field(False, description="answer as server-sent events")
+
+    @model_validator(mode="after")
+    def one_length(self) -> GenerateRequest:
+        if self.max_tokens is not None and "max_new_tokens" in self.model_fields_set:
+            raise ValueError("max_tokens is another name of max_new_tokens; send one of them.")
+        return self
+
+    @property
+    def num_new_tokens(self) -> int:
+        return self.max_new_tokens if self.max_tokens is None else self.max_tokens
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Timings(BaseModel):
+    """Milliseconds; null where it did not come to that."""
+
+    queue_ms: float | None
+    prefill_ms: float | None
+    decode_ms: float | None
+    ttft_ms: float | None
+    tokens_per_second: float | None
+
+
+class GenerateAnswer(BaseModel):
+    """A job as clients see it: the blocking answer, the event `done`, and `GET /jobs/ID`."""
+
+    id: str
+    model: str
+    revision: str | None
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "cancelled", "deadline", "error"] | None
+    stop_sequence: str | None
+    warnings: list[str]
+    seed: int
+    parameters: dict[str, Any]
+    usage: Usage
+    timings: Timings
+    logprobs: list[dict[str, Any]] | None = None
+    attempts: int = Field(description="how many workers held the job; above 1 it outlived one")
+    position: int | None = Field(None, description="place in the queue while queued; 1 is next")
+    eta_s: float | None = None
+    error: ErrorDetail | None = None
+
+
+class TokenizeRequest(Strict):
+    """`POST /tokenize`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "First Citizen:"}]})
+
+    text: Text
+    model: ModelName | None = None
+
+
+class DetokenizeRequest(Strict):
+    """`POST /detokenize`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"token_ids": [1, 2, 3]}]})
+
+    token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
+    model: ModelName | None = None
+    skip_special_tokens: bool = True
+
+
+class TokensAnswer(BaseModel):
+    model: str
+    token_ids: list[int]
+    tokens: list[str] = Field(description="the text of each; bytes that are no character are U+FFFD")
+    count: int
+    context_length: int = Field(description="most tokens of prompt and completion together")
+
+
+class TextAnswer(BaseModel):
+    model: str
+    text: str
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """Every error, everywhere."""
+
+    error: ErrorDetail
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = Field(False, description="accepted and ignored")
+
+
+UNSERVED: dict[str, tuple[object, ...]] = {
+    "suffix": ("",),
+    "best_of": (1,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Fields of OpenAI's that would change the answer, each with the values that do not."""
+
+
+def without_nulls(value: Any) -> Any:
+    """OpenAI's clients send null for "nothing said", also in messages that came from an answer."""
+    if isinstance(value, dict):
+        return {name: without_nulls(member) for name, member in value.items() if member is not None}
+    return [without_nulls(member) for member in value] if isinstance(value, list) else value
+
+
+class OpenAISampling(Sampling):
+    """OpenAI's words and defaults, and ours beside them; what cannot be served is refused, never passed over."""
+
+    temperature: Annotated[Float, Field(ge=0, le=10)] = 1.0
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    model: ModelName | None = Field(None, description="left out: the default model")
+    n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] = Field(1, description="choices, each a job of its own")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: Annotated[Text, Field(max_length=MAX_NAME)] | None = Field(None, description="accepted and ignored")
+    metadata: dict[str, Any] | None = Field(None, description="accepted and ignored")
+    store: bool | None = Field(None, description="accepted and ignored")
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unserved(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = without_nulls(values)
+        for name in UNSERVED.keys() & values.keys():
+            if values[name] not in UNSERVED[name]:
+                message = f"{name} is not served here; leave it out."
+                raise PydanticCustomError("unserved", "{message}", {"message": message, "field": name})
+            del values[name]
+        return values
+
+
+def list_of_prompts(value: Any) -> Any:
+    """OpenAI's four forms of a prompt as one: a list of texts or of lists of token ids."""
+    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
+        value = [value]
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_JOBS:
+        raise ValueError(f"must be a text, a list of token ids, or a list of 1 to {MAX_JOBS} of either")
+    for prompt in value:
+        is_ids = isinstance(prompt, list) and all(type(one) is int and 0 <= one < 2**31 for one in prompt)
+        if not (isinstance(prompt, str) or is_ids) or not prompt:
+            raise ValueError("must be texts that are not empty, or lists of token ids that are not empty")
+    return value
+
+
+class CompletionRequest(OpenAISampling):
+    """`POST /v1/completions`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "First Citizen:", "max_tokens": 64}]})
+
+    prompt: Annotated[
+        list[Any],
+        BeforeValidator(list_of_prompts, json_schema_input_type=str | list[str] | list[TokenId] | list[list[TokenId]]),
+    ]
+    max_tokens: Length = 16
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = Field(False, description="begin the text with the prompt")
+
+    @model_validator(mode="after")
+    def few_enough(self) -> CompletionRequest:
+        if len(self.prompt) * self.n > MAX_JOBS:
+            raise PydanticCustomError(
+                "value_error", "n: prompts times n may be at most {most}; send several requests.", {"most": MAX_JOBS}
+            )
+        if self.echo and self.logprobs is not None:
+            message = "echo with logprobs is not served: the prompt's own are not computed; leave out one of them."
+            raise PydanticCustomError("unserved", "{message}", {"message": message, "field": "echo"})
+        return self
+
+    @property
+    def num_new_tokens(self) -> int:
+        return self.max_tokens
+
+
+class ContentPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+def joined_parts(value: Any) -> Any:
+    """A message's content as one text; other parts than text are refused."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError('may hold parts of the form {"type": "text", "text": "..."} only')
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Text, BeforeValidator(joined_parts, json_schema_input_type=str | list[ContentPart])]
+    name: Annotated[Text, Field(max_length=MAX_NAME)] | None = Field(None, description="accepted and ignored")
+
+    def to_template(self) -> dict[str, str]:
+        """As chat templates read it; a developer is the system by OpenAI's newer word."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class ChatRequest(OpenAISampling):
+    """`POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+            ]
+        }
+    )
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Length = Field(512, description="lowered to what the model's context leaves")
+    max_tokens: Length | None = Field(None, description="another name of max_completion_tokens")
+    logprobs: bool = False
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def asks_for_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            message = "top_logprobs needs logprobs: true."
+            raise PydanticCustomError("unserved", "{message}", {"message": message, "field": "top_logprobs"})
+        return self
+
+    @property
+    def num_new_tokens(self) -> int:
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens

@@ -1,0 +1,1 @@
+"""Tensors only: continuous batching over key-value slots. Knows no HTTP and no Redis."""

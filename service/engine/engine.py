@@ -1,0 +1,205 @@
+"""Continuous batching: sequences join and leave between steps, and each step is one pass through the network."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.engine.attention import StepAttention
+from service.engine.kv_cache import KVCache
+from service.engine.scheduler import Scheduler, Work
+from service.engine.sequence import Output, Sequence
+from service.engine.stopping import Released, Stopping
+from shared.generate import check_prompt
+from shared.model import SmolLM2
+from shared.sampling import SampledToken, sample
+from shared.tokenizer import Tokenizer
+
+PREFILL_CHUNK = {"cpu": 256, "cuda": 2_048}
+"""Prompt tokens of a step in which nothing decodes, by device: enough to compute at full speed."""
+BUSY_PREFILL_CHUNK = {"cpu": 24, "cuda": 512}
+"""Prompt tokens beside decoding sequences: about as many as double a step's time (two cores, bf16; GPU: a guess)."""
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Totals since the start, and what stands in the engine now."""
+
+    num_steps: int = 0
+    num_prefill_tokens: int = 0
+    num_drawn_tokens: int = 0
+    busy_s: float = 0.0
+    num_waiting: int = 0
+    num_running: int = 0
+    cached_tokens: int = 0
+    cached_bytes: int = 0
+
+
+class Engine:
+    """One model and the sequences it works on. For one thread."""
+
+    def __init__(
+        self,
+        model: SmolLM2,
+        tokenizer: Tokenizer,
+        *,
+        num_slots: int,
+        max_cached_tokens: int,
+        prefill_chunk: int | None = None,
+        busy_prefill_chunk: int | None = None,
+    ) -> None:
+        """Serve at most `num_slots` sequences at a time whose prompts and completions fit `max_cached_tokens`.
+
+        The chunks bound the prompt tokens of a step (see `Scheduler`); None is the device's own measure.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = KVCache(
+            model.config,
+            num_slots=num_slots,
+            max_cached_tokens=max_cached_tokens,
+            dtype=model.model.embed_tokens.weight.dtype,
+            device=model.device,
+        )
+        kind = model.device.type
+        self.scheduler = Scheduler(
+            self.cache,
+            prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(kind, PREFILL_CHUNK["cpu"]),
+            busy_prefill_chunk=busy_prefill_chunk or BUSY_PREFILL_CHUNK.get(kind, BUSY_PREFILL_CHUNK["cpu"]),
+        )
+        self.sequences: dict[str, Sequence] = {}
+        self.ended_early: list[Output] = []
+        self.totals = Statistics()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences or self.ended_early)
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that neither running nor waiting sequences will take."""
+        return max(0, self.cache.free_slots - len(self.scheduler.waiting))
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of prompt and completion for which there is room at once."""
+        return max(0, self.cache.free_tokens - sum(sequence.cost for sequence in self.scheduler.waiting))
+
+    @property
+    def statistics(self) -> Statistics:
+        totals, running = self.totals, self.scheduler.running
+        totals.num_waiting, totals.num_running = len(self.scheduler.waiting), len(running)
+        totals.cached_tokens = sum(sequence.num_cached for sequence in running)
+        totals.cached_bytes = totals.cached_tokens * self.cache.bytes_per_token
+        return totals
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence; it starts as soon as it fits.
+
+        Raises:
+            GenerationError: the prompt is empty, too long, or holds an id the model does not know.
+        """
+        assert sequence.id not in self.sequences, sequence.id
+        limit = self.cache.slot_length
+        check_prompt(sequence.prompt_ids, self.model.config.vocab_size, limit)
+        sequence.max_new_tokens = min(sequence.max_new_tokens, limit - len(sequence.prompt_ids))
+        sequence.stopping = Stopping(
+            self.tokenizer.stream_decoder(),
+            stop=sequence.stop,
+            end_token_ids=() if sequence.ignore_eos else sequence.end_token_ids,
+            max_new_tokens=sequence.max_new_tokens,
+        )
+        released = sequence.stopping.start()
+        for token_id in sequence.completion_ids:  # delivered by an earlier attempt, with its text
+            if released.ended is None:
+                released = sequence.stopping.push(token_id)
+        if released.ended is None:
+            self.sequences[sequence.id] = sequence
+            self.scheduler.add(sequence)
+        else:
+            self.ended_early.append(describe(sequence, Released("", ended=released.ended)))
+
+    def cancel(self, sequence_id: str) -> None:
+        """Drop a sequence, known or not; nothing more is heard of it."""
+        if sequence_id in self.sequences:
+            self.scheduler.remove(self.sequences.pop(sequence_id))
+        self.ended_early = [output for output in self.ended_early if output.sequence_id != sequence_id]
+
+    def step(self) -> list[Output]:
+        """Schedule, forward, sample, stop. Returns what is new of each sequence, at most one output for each."""
+        started_s = time.monotonic()
+        outputs, self.ended_early = self.ended_early, []
+        work = self.scheduler.plan()
+        if not work:
+            return outputs
+        for item in work:
+            item.sequence.started_s = item.sequence.started_s or started_s
+        complete = [item.sequence for item in work if item.is_complete]
+        with torch.inference_mode():
+            logits_BV = self.forward(work)
+            drawn = sample(
+                logits_BV,
+                [sequence.row for sequence in complete],
+                logprobs=[sequence.logprobs for sequence in complete],
+            )
+        now_s = time.monotonic()
+        for item in work:
+            item.sequence.num_cached = item.span.end
+        outputs += [self.accept(sequence, token, now_s) for sequence, token in zip(complete, drawn, strict=True)]
+        self.totals.num_steps += 1
+        self.totals.num_prefill_tokens += sum(item.span.count for item in work) - len(complete)
+        self.totals.num_drawn_tokens += len(drawn)
+        self.totals.busy_s += time.monotonic() - started_s
+        return outputs
+
+    def forward(self, work: list[Work]) -> Tensor:
+        """Compute all tokens of the step at once; return the scores (B, V) of the sequences complete after it."""
+        ids: list[int] = []
+        positions: list[int] = []
+        last_places = []
+        for item in work:
+            ids += item.sequence.tokens(item.span.start, item.span.count)
+            positions += range(item.span.start, item.span.end)
+            if item.is_complete:
+                last_places.append(len(ids) - 1)
+        ids_1N = torch.tensor([ids], device=self.model.device)
+        positions_1N = torch.tensor([positions], device=self.model.device)
+        attend = StepAttention(self.cache, [item.span for item in work])
+        hidden_ND = self.model.hidden_states(ids_1N, positions_1N, attend)[0]
+        return self.model.logits(hidden_ND if len(last_places) == len(ids) else hidden_ND[last_places])
+
+    def accept(self, sequence: Sequence, token: SampledToken, now_s: float) -> Output:
+        """Give a sequence the token drawn for it."""
+        sequence.first_token_s = sequence.first_token_s or now_s
+        sequence.last_token_s = now_s
+        released = sequence.stopping.push(token.token_id)
+        output = describe(sequence, released, token)
+        if released.is_kept:
+            sequence.completion_ids.append(token.token_id)
+        if released.ended is not None:
+            self.cancel(sequence.id)
+        return output
+
+
+def describe(sequence: Sequence, released: Released, token: SampledToken | None = None) -> Output:
+    """Say what is new of a sequence, before the token joins its completion."""
+    kept = token if released.is_kept else None
+    return Output(
+        sequence_id=sequence.id,
+        first_index=len(sequence.completion_ids),
+        token_ids=() if kept is None else (kept.token_id,),
+        text=released.text,
+        logprobs=None if kept is None or sequence.logprobs is None else (describe_logprobs(kept),),
+        finish_reason=released.ended.reason if released.ended else None,
+        stop_sequence=released.ended.stop_sequence if released.ended else None,
+        timings=sequence.timings if released.ended else {},
+    )
+
+
+def describe_logprobs(token: SampledToken) -> dict[str, Any]:
+    """Return a token's log-probability and its alternatives as they travel to the client."""
+    return {"token_id": token.token_id, "logprob": token.logprob, "top": [list(pair) for pair in token.top_logprobs]}

@@ -1,0 +1,100 @@
+"""Keys and values of every live sequence: one slot each, up to the model's context long, written in place.
+
+Memory follows the tokens that were written, not the size of the slots, and is bounded by `max_cached_tokens`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from service.engine.slot_memory import SlotMemory
+from shared.config import ModelConfig
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Span:
+    """Tokens [start, start + count) of the sequence in `slot`, computed in one step."""
+
+    slot: int
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+class KVCache:
+    """The slots of one model.
+
+    `numbers_L2RKPE` holds, per layer, keys and values of R slots: K key-value heads, P positions, head_dim E.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_slots: int,
+        max_cached_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        assert num_slots > 0 and max_cached_tokens > 0, (num_slots, max_cached_tokens)
+        self.config = config
+        self.num_slots = num_slots
+        self.max_cached_tokens = max_cached_tokens
+        self.slot_length = min(config.max_position_embeddings, max_cached_tokens)
+        shape = (config.num_hidden_layers, 2, num_slots, config.num_key_value_heads, self.slot_length, config.head_dim)
+        self.memory = SlotMemory(shape, dtype, device)
+        self.numbers_L2RKPE = self.memory.tensor
+        self.reserved: dict[int, int] = {}
+        self.touched = [0] * num_slots  # tokens of each slot whose memory may be taken
+
+    @property
+    def bytes_per_token(self) -> int:
+        config, size = self.config, self.numbers_L2RKPE.itemsize
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+
+    @property
+    def free_slots(self) -> int:
+        return self.num_slots - len(self.reserved)
+
+    @property
+    def reserved_tokens(self) -> int:
+        return sum(self.reserved.values())
+
+    @property
+    def free_tokens(self) -> int:
+        return self.max_cached_tokens - self.reserved_tokens
+
+    def take(self, num_tokens: int) -> int | None:
+        """Reserve a slot for `num_tokens` tokens; None while there is no room."""
+        assert 0 < num_tokens <= self.slot_length, (num_tokens, self.slot_length)
+        if not self.free_slots or num_tokens > self.free_tokens:
+            return None
+        # The lowest free slot: those in use stay together, so that a step looks at few that are not.
+        slot = next(slot for slot in range(self.num_slots) if slot not in self.reserved)
+        self.reserved[slot] = num_tokens
+        if (
+            sum(max(touched, self.reserved.get(i, 0)) for i, touched in enumerate(self.touched))
+            > self.max_cached_tokens
+        ):
+            self.give_back_memory()
+        self.touched[slot] = max(self.touched[slot], num_tokens)
+        return slot
+
+    def give(self, slot: int) -> None:
+        """Free a slot. Its memory stays until others need it, so the next sequence finds it warm."""
+        del self.reserved[slot]
+
+    def give_back_memory(self) -> None:
+        """Return to the system what free slots hold, and what lies behind the reservations of used ones."""
+        for slot, touched in enumerate(self.touched):
+            kept = self.reserved.get(slot, 0)
+            if touched > kept:
+                for keys_or_values_RKPE in self.numbers_L2RKPE.flatten(0, 1):
+                    for head_PE in keys_or_values_RKPE[slot]:
+                        self.memory.empty(head_PE[kept:touched])
+                self.touched[slot] = kept

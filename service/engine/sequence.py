@@ -1,0 +1,96 @@
+"""A job's tokens in the engine: what was given, what was drawn so far, and how much of it the cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from service.engine.stopping import Stopping
+from shared.sampling import SamplingParams, SamplingRow
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(kw_only=True, eq=False)
+class Sequence:
+    """One request while the engine works on it. The first block is the caller's, the second the engine's."""
+
+    id: str
+    prompt_ids: Ids[int]
+    params: SamplingParams
+    max_new_tokens: int
+    """The engine lowers it to what the model's context and the cache leave."""
+    stop: Ids[str] = ()
+    logprobs: int | None = None
+    """How many likeliest tokens to report beside each drawn one's log-probability; None reports nothing."""
+    completion_ids: list[int] = field(default_factory=list)
+    """What an earlier attempt already delivered: the engine goes on behind it."""
+    end_token_ids: Ids[int] = ()
+    ignore_eos: bool = False
+
+    slot: int | None = None
+    num_cached: int = 0
+    """Tokens, from the first on, whose keys and values stand in the slot."""
+    num_resumed: int = field(init=False)
+    stopping: Stopping = field(init=False)
+    row: SamplingRow = field(init=False)
+    started_s: float | None = None
+    """Of a monotonic clock: when its first chunk was computed; `first_token_s` when a token was first drawn here."""
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.completion_ids = list(self.completion_ids)
+        self.num_resumed = len(self.completion_ids)
+        self.row = SamplingRow(self.params, self.prompt_ids, self.completion_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens to compute before the next one can be drawn: 1 while decoding."""
+        return self.num_tokens - self.num_cached
+
+    @property
+    def cost(self) -> int:
+        """Tokens it may come to occupy in the cache."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Return `count` ids of prompt and completion from `start` on."""
+        border = len(self.prompt_ids)
+        if start >= border:
+            return self.completion_ids[start - border : start - border + count]
+        ids = list(self.prompt_ids[start : start + count])
+        return ids + self.completion_ids[: count - len(ids)]
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Milliseconds this engine spent: until the first token it drew, and from there to the last."""
+        if self.started_s is None or self.first_token_s is None or self.last_token_s is None:
+            return {}
+        return {
+            "prefill_ms": round(1000 * (self.first_token_s - self.started_s), 3),
+            "decode_ms": round(1000 * (self.last_token_s - self.first_token_s), 3),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """What one step brought one sequence: usually one token, none where it ended without a further one."""
+
+    sequence_id: str
+    first_index: int
+    """Place of the first of `token_ids` in the completion."""
+    token_ids: tuple[int, ...]
+    text: str
+    """What became certain: shorter than the tokens' own text while half a character or stop string is held back."""
+    logprobs: tuple[dict[str, Any], ...] | None = None
+    """One per token: {"token_id", "logprob", "top": [[token id, logprob], ...]}."""
+    finish_reason: FinishReason | None = None
+    stop_sequence: str | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    """Filled in with the finish reason."""

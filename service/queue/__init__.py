@@ -1,0 +1,1 @@
+"""Redis only: every job, lease and token stream. Knows neither api nor engine."""

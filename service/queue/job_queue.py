@@ -1,0 +1,189 @@
+"""The API's side of the queue: admit, read, cancel, count. Asyncio.
+
+Methods raise `NotReady` at once while Redis is away or out of memory: there is no queue in front of the queue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import secrets
+import time
+from typing import Any, Final
+
+import redis.asyncio
+
+from service.errors import IdempotencyConflict, NotReady, QueueFull
+from service.queue import keys
+from service.queue.connection import answer_in_time
+from service.queue.job import Admission, JobRecord, JobRequest, ModelStatistics, QueueLimits, WorkerInfo
+from service.queue.records import read_place, read_record
+from service.queue.scripts import AsyncScripts
+
+NO_WORKER_RETRY_S: Final = 5.0
+UNKNOWN_SPEED_RETRY_S: Final = 5.0
+RETRY_RANGE_S: Final = (1.0, 120.0)
+
+PRIORITIES: Final = {"high": 0, "normal": 1, "batch": 2}
+
+
+class JobQueue:
+    """One API process' view of the queue."""
+
+    def __init__(self, client: redis.asyncio.Redis, *, limits: QueueLimits) -> None:
+        self.limits = limits
+        self._client = client
+        self._scripts = AsyncScripts(client)
+
+    async def admit(
+        self,
+        request: JobRequest,
+        *,
+        key: str = "",
+        priority: int = 1,
+        timeout_s: float,
+        idempotency: tuple[str, str] | None = None,
+        cancel_on_disconnect: bool = False,
+        trace: str | None = None,
+    ) -> Admission:
+        """Accept a job or refuse it before anything is reserved.
+
+        Args:
+            key: whose job this is, for fair share; a name or a hash, never the secret itself.
+            priority: 0 high, 1 normal, 2 batch.
+            timeout_s: from now until the job expires, queued or running.
+            idempotency: (Idempotency-Key, hash of the body).
+            cancel_on_disconnect: cancel when nobody calls `touch_watch` for 15 s.
+
+        Raises:
+            QueueFull: too many jobs or too much cost are waiting; carries `retry_after_s`.
+            NotReady: no live worker serves the model, or Redis is away or out of memory.
+            IdempotencyConflict: the same key came with another body.
+        """
+        assert priority in PRIORITIES.values(), priority
+        known_as, body = ("", "")
+        if idempotency is not None:
+            known_as = hashlib.sha256("\0".join((key, idempotency[0])).encode(errors="surrogatepass")).hexdigest()
+            body = hashlib.sha256(idempotency[1].encode(errors="surrogatepass")).hexdigest()
+        answer, *values = await self._scripts.run(
+            "admit",
+            new_job_id(),
+            request.model,
+            request.to_json(),
+            key,
+            priority,
+            request.cost,
+            max(1, round(timeout_s * 1000)),
+            round(self.limits.result_ttl_s * 1000),
+            keys.WATCH_MS if cancel_on_disconnect else 0,
+            trace or "",
+            self.limits.max_queued_jobs,
+            self.limits.max_queued_tokens,
+            keys.WORKER_ALIVE_MS,
+            known_as,
+            body,
+        )
+        if answer in ("admitted", "known"):
+            job_id, standing = values
+            position, eta_s = read_place(standing)
+            return Admission(id=job_id, position=position, eta_s=eta_s, is_new=answer == "admitted")
+        if answer == "full":
+            raise self._queue_full(request, *(float(value) for value in values))
+        if answer == "conflict":
+            raise IdempotencyConflict(
+                f"This Idempotency-Key was used for job {values[0]} with another body; use a new key.",
+                param="Idempotency-Key",
+            )
+        assert answer == "no_worker", answer
+        raise NotReady(
+            f"No worker serves the model {request.model!r} at the moment; try again in {NO_WORKER_RETRY_S:g} s.",
+            code="no_worker",
+            retry_after_s=NO_WORKER_RETRY_S,
+        )
+
+    async def get(self, job_id: str) -> JobRecord | None:
+        """Return a job with everything it delivered so far; None for an unknown or forgotten one."""
+        return read_record(job_id, await self._scripts.run("read", job_id))
+
+    async def cancel(self, job_id: str) -> JobRecord | None:
+        """Close a queued or running job at once and return it; one that ended stays as it is. None when unknown."""
+        await self._scripts.run("cancel", job_id)
+        return await self.get(job_id)
+
+    async def touch_watch(self, *job_ids: str) -> None:
+        """Say that somebody still listens to these jobs; call every few seconds."""
+        await self._scripts.run("touch", keys.WATCH_MS, *job_ids)
+
+    async def reap(self) -> int:
+        """Close jobs whose deadline passed or whose listener is gone; call about once a second."""
+        closed, lost = await self._scripts.run("reap", keys.WATCH_MS, keys.PAUSE_MS)
+        if lost:
+            await self._scripts.run("audit")
+        return int(closed)
+
+    async def statistics(self, model: str | None = None) -> dict[str, ModelStatistics]:
+        """Return the counters of one model, or of every model seen lately."""
+        async with answer_in_time():
+            seen: Any = [model] if model else await self._client.zrange(keys.MODELS, 0, -1)
+            models: list[str] = seen
+            oldest = await self._now_ms() - keys.WORKER_ALIVE_MS
+            pipeline = self._client.pipeline(transaction=False)
+            for name in models:
+                pipeline.hgetall(keys.COUNTS + name)
+                pipeline.zcount(keys.SERVED + name, oldest, "+inf")
+            replies = await pipeline.execute()
+        return {
+            name: _statistics(counts, workers)
+            for name, counts, workers in zip(models, replies[::2], replies[1::2], strict=True)
+        }
+
+    async def workers(self) -> list[WorkerInfo]:
+        """Return the live workers, as each last described itself."""
+        async with answer_in_time():
+            now = await self._now_ms()
+            seen: Any = await self._client.zrange(keys.WORKERS, 0, -1, withscores=True)
+            infos = await self._client.mget([keys.WORKER + name for name, _ in seen]) if seen else []
+        return [
+            WorkerInfo(**{**json.loads(info), "age_ms": max(0, now - int(score))})
+            for (_, score), info in zip(seen, infos, strict=True)
+            if info is not None
+        ]
+
+    async def ping(self) -> None:
+        """Return if Redis answers, else `NotReady`."""
+        async with answer_in_time():
+            await self._client.ping()
+
+    async def _now_ms(self) -> int:
+        seconds, microseconds = await self._client.time()
+        return int(seconds) * 1000 + int(microseconds) // 1000
+
+    def _queue_full(self, request: JobRequest, queued: float, queued_cost: float, speed: float) -> QueueFull:
+        wait_s = queued_cost / speed if speed > 0 else UNKNOWN_SPEED_RETRY_S
+        # A fifth of jitter, so that refused clients do not come back all at once.
+        wait_s = min(max(wait_s * random.uniform(0.8, 1.2), RETRY_RANGE_S[0]), RETRY_RANGE_S[1])
+        limits = self.limits
+        return QueueFull(
+            f"The queue of {request.model!r} is full: {queued:.0f} of {limits.max_queued_jobs} jobs and "
+            f"{queued_cost:.0f} of {limits.max_queued_tokens} tokens wait, and this request needs {request.cost}; "
+            f"try again in {wait_s:.1f} s.",
+            retry_after_s=round(wait_s, 3),
+        )
+
+
+def new_job_id() -> str:
+    """Return an id nobody can guess. It begins with the time, which settles ties between keys by arrival."""
+    return f"{time.time_ns() // 1000:013x}{secrets.token_hex(10)}"
+
+
+def _statistics(counts: dict[str, Any], workers: int) -> ModelStatistics:
+    speed = float(counts.get("speed", 0))
+    return ModelStatistics(
+        queued=int(counts.get("queued", 0)),
+        queued_cost=int(counts.get("queued_cost", 0)),
+        running=int(counts.get("running", 0)),
+        running_cost=int(counts.get("running_cost", 0)),
+        tokens_per_second=round(speed, 3) if speed > 0 else None,
+        workers=int(workers),
+    )

@@ -1,0 +1,44 @@
+-- flags: allow-oom
+-- needs: backlog close lease orphans
+-- Give a worker as many jobs as it has room for: first those whose worker fell silent, then the lines by class.
+-- ARGV: worker model revision slots tokens lease_ms max_lost
+local worker, model, revision, lease_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[6])
+local slots, now, taken = tonumber(ARGV[4]), now_ms(), {}
+local room = take_orphans(taken, worker, model, revision, slots, tonumber(ARGV[5]), lease_ms, tonumber(ARGV[7]), now)
+
+-- Every eighth pick starts lower down, in turn, so that neither normal nor batch starves.
+local orders = { [0] = { 1, 2, 0 }, [8] = { 2, 1, 0 } }
+local function head_of_lines()
+  local picks = tonumber(redis.call('HGET', COUNTS .. model, 'picks') or 0)
+  for _, class in ipairs(orders[(picks + 1) % 16] or { 0, 1, 2 }) do
+    local head = redis.call('ZRANGE', BACKLOG .. model .. ':' .. class, 0, 0, 'WITHSCORES')
+    if head[1] then
+      return head[1], head[2], class
+    end
+  end
+end
+
+while #taken < slots do
+  local id, tag, class = head_of_lines()
+  if not id then
+    redis.call('DEL', BELL .. model) -- nothing is left to be woken for
+    break
+  end
+  local job = redis.call('HMGET', JOB .. id, 'cost', 'deadline')
+  if not job[1] then
+    leave_backlog(id, model, class)
+  elseif tonumber(job[2]) <= now then
+    close(id, 'expired', 'deadline', now)
+  elseif tonumber(job[1]) > room then
+    break -- the head waits for room; passing it by would starve long prompts
+  else
+    room = room - job[1]
+    redis.call('HSET', SHARE .. model .. ':' .. class, 'v', tag)
+    leave_backlog(id, model, class)
+    count(model, 'queued', -1, job[1])
+    count(model, 'running', 1, job[1])
+    redis.call('HINCRBY', COUNTS .. model, 'picks', 1)
+    taken[#taken + 1] = lease(id, 1, worker, revision, now, lease_ms)
+  end
+end
+return taken

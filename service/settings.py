@@ -1,0 +1,66 @@
+"""Every setting of the service, and the only place that reads its environment. Each is `SMOLLM_` + its name."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One frozen object, read once at start."""
+
+    model_config = SettingsConfigDict(env_prefix="SMOLLM_", env_file=".env", extra="ignore", frozen=True)
+
+    # Where things are
+    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="Redis >= 7.0 or Valkey >= 7.2")
+    models_dir: Path = Field(Path("models"), description="every export in here is served")
+    runs_dir: Path = Field(Path("runs"), description="training runs the page shows")
+    default_model: str | None = Field(None, description="answers when a request names no model; default: newest export")
+
+    # The API process
+    api_host: str = Field("127.0.0.1", description="address the API listens on")
+    api_port: int = Field(8000, description="port the API listens on", validation_alias="API_PORT")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="comma-separated; a request must carry one as `Authorization: Bearer`; empty: no key asked"
+    )
+    max_body_bytes: int = Field(1_000_000, description="larger request bodies are refused with 413")
+
+    # Limits of the queue
+    max_queued_jobs: int = Field(256, description="waiting jobs of one model; more are refused with 429")
+    max_queued_tokens: int = Field(400_000, description="waiting cost of one model: prompt + max_new_tokens, summed")
+    max_timeout_s: float = Field(3_600.0, description="largest timeout_s a request may ask for")
+    result_ttl_s: int = Field(600, description="how long a finished job can be read")
+    lease_ms: int = Field(4_000, description="a worker silent for this long loses its jobs to another")
+    max_attempts: int = Field(3, description="a job that loses this many workers is failed")
+
+    # The worker process
+    num_workers: int = Field(1, ge=1, description="worker processes that `make up` starts")
+    num_slots: int = Field(32, description="sequences one model decodes at a time")
+    max_cached_tokens: int = Field(16_384, description="tokens of all sequences of one model together")
+    device: str = Field("auto", description="auto, cpu, cuda, mps")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="arithmetic of the model")
+    num_threads: int = Field(0, description="CPU threads; 0: the CPU quota or affinity, whichever is smaller")
+    shutdown_grace_s: float = Field(5.0, description="after SIGTERM: finish what ends by then, hand over the rest")
+    model_poll_s: float = Field(2.0, description="how often models_dir is looked at for new exports")
+
+    worker_metrics_port: int = Field(0, ge=0, le=65_535, description="port of a worker's own /metrics; 0: none")
+
+    # What is told
+    log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON")
+    log_prompts: bool = Field(False, description="write prompts and completions to the log")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def split_keys(cls, value: object) -> object:
+        """Read `one,two`; an empty setting is no key at all, not an empty key."""
+        return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
+
+
+@functools.cache
+def get_settings() -> Settings:
+    """Return the process's settings."""
+    return Settings()

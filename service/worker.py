@@ -1,0 +1,367 @@
+"""The worker process: takes jobs from the queue, steps the engines, delivers tokens. It joins queue and engine.
+
+One thread computes and delivers; one keeps the leases (`heartbeat`), one looks for new models (`engine.host`). SIGTERM:
+no new jobs, what can end within the grace time ends, the rest is handed over, to be taken up at the same token.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from types import FrameType
+
+import prometheus_client
+import redis
+import torch
+
+from service.engine.host import Host, Hosts, load_host
+from service.engine.sequence import Output, Sequence
+from service.errors import NotReady
+from service.heartbeat import Heartbeat
+from service.metrics import WorkerMetrics
+from service.publishing import Publisher
+from service.queue.connection import blocking_redis, check_server
+from service.queue.job import LeasedJob, QueueLimits, WorkerInfo
+from service.queue.worker_queue import WorkerQueue
+from service.settings import Settings
+from shared.device import choose_device, choose_dtype, choose_num_threads
+from shared.errors import ConfigError, SmolLMError
+from shared.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.25
+IDLE_WAIT_S = 0.25
+"""How long an idle worker sleeps at most before it looks for new models, lost workers' jobs, and SIGTERM."""
+CANCELS_EVERY_S = 0.02
+ANY_COST = 2**31
+
+
+@dataclass(slots=True)
+class Running:
+    """A job in this worker's hands, and the engine that works on it."""
+
+    job: LeasedJob
+    host: Host
+
+
+class Worker:
+    """One process' loop. `run` returns when `stop` was called and everything was handed over."""
+
+    def __init__(self, queue: WorkerQueue, hosts: Hosts, metrics: WorkerMetrics, *, shutdown_grace_s: float) -> None:
+        self.queue = queue
+        self.hosts = hosts
+        self.metrics = metrics
+        self.shutdown_grace_s = shutdown_grace_s
+        self.running: dict[str, Running] = {}
+        self.publisher = Publisher(queue)
+        self.heartbeat = Heartbeat(
+            queue, lease_s=queue.limits.lease_ms / 1000, jobs=self.leased_jobs, describe=self.describe
+        )
+        self.is_stopping = False
+        self.must_announce = False
+        self.cancels_read_at_s = 0.0
+
+    def stop(self) -> None:
+        """Ask the loop to end; safe in a signal handler."""
+        self.is_stopping = True
+
+    def run(self) -> None:
+        """Work until stopped."""
+        self.hosts.start()
+        self.heartbeat.start()
+        try:
+            while not self.is_stopping:
+                if not self.turn():
+                    self.rest()
+            self.drain()
+        finally:
+            self.hosts.stop()
+            self.heartbeat.stop()
+
+    def turn(self) -> bool:
+        """Take jobs, step each engine once, deliver; False when there was nothing to compute."""
+        self.heartbeat.tick()
+        if self.hosts.adopt():
+            self.must_announce = True
+        self.ask_redis()
+        return self.compute()
+
+    def ask_redis(self) -> None:
+        """Everything between two steps that needs Redis, except the delivery."""
+        if not self.heartbeat.is_connected:
+            self.metrics.redis_up.set(0)
+            return
+        now_s = time.monotonic()
+        try:
+            if self.must_announce:
+                self.heartbeat.announce()
+                self.must_announce = False
+            if self.running and now_s - self.cancels_read_at_s >= CANCELS_EVERY_S:
+                self.cancels_read_at_s = now_s
+                for job_id in self.queue.cancelled_jobs() & self.running.keys():
+                    self.forget(job_id, "cancelled")
+            if not self.is_stopping:
+                for host in self.hosts.current.values():
+                    self.take_jobs(host)
+            self.metrics.redis_up.set(1)
+        except NotReady as error:
+            self.heartbeat.lost_connection(error)
+
+    def take_jobs(self, host: Host) -> None:
+        """Fill the free slots of one engine."""
+        engine = host.engine
+        jobs = []
+        if not engine.has_work:  # whatever it costs: an empty engine is all the room there will ever be
+            jobs = self.queue.next(host.name, host.revision, num_slots=1, num_tokens=ANY_COST)
+            if not jobs:
+                return
+            self.begin(jobs[0], host)
+        for job in self.queue.next(
+            host.name, host.revision, num_slots=engine.free_slots, num_tokens=engine.free_tokens
+        ):
+            self.begin(job, host)
+
+    def begin(self, job: LeasedJob, host: Host) -> None:
+        """Hand a job to an engine, behind what an earlier attempt delivered."""
+        if job.id in self.running:  # this worker itself lost it for a moment
+            self.forget(job.id, "lost")
+        self.running[job.id] = Running(job, host)
+        request = job.request
+        try:
+            host.engine.add(
+                Sequence(
+                    id=job.id,
+                    prompt_ids=request.prompt_ids,
+                    params=SamplingParams(**request.sampling),
+                    max_new_tokens=request.max_new_tokens,
+                    stop=request.stop,
+                    logprobs=request.logprobs,
+                    completion_ids=list(job.completion_ids),
+                    end_token_ids=host.folder.end_token_ids,
+                    ignore_eos=bool(request.options.get("ignore_eos", False)),
+                )
+            )
+        except (SmolLMError, TypeError) as error:
+            log.warning("job %s cannot be served: %s", job.id, error)
+            self.fail(job.id, f"The model cannot serve this request: {error}.")
+
+    def compute(self) -> bool:
+        """Step every engine that has work and deliver what came out."""
+        for running in [self.running[id] for id, attempt in self.heartbeat.take_lost() if self.holds(id, attempt)]:
+            self.forget(running.job.id, "lost")
+        working = [host for host in self.hosts.all if host.engine.has_work]
+        for host in working:
+            self.step(host)
+            self.deliver()
+        self.deliver()
+        return bool(working)
+
+    def step(self, host: Host) -> None:
+        """Advance one engine by one step."""
+        statistics = host.engine.statistics
+        drawn, prefilled = statistics.num_drawn_tokens, statistics.num_prefill_tokens
+        started_s = time.monotonic()
+        try:
+            outputs = host.engine.step()
+        except SmolLMError as error:  # damaged weights: the jobs fail, other models go on
+            log.error("%s: %s", host.name, error)
+            for running in [running for running in self.running.values() if running.host is host]:
+                host.engine.cancel(running.job.id)
+                self.fail(running.job.id, f"The model {host.name!r} failed: {error}.")
+            return
+        for output in outputs:
+            self.accept(output, host)
+        statistics, metrics = host.engine.statistics, self.metrics
+        metrics.step_seconds.labels(host.name).observe(time.monotonic() - started_s)
+        metrics.completion_tokens.labels(host.name).inc(statistics.num_drawn_tokens - drawn)
+        metrics.prefill_tokens.labels(host.name).inc(statistics.num_prefill_tokens - prefilled)
+        metrics.running.labels(host.name).set(statistics.num_running)
+        metrics.waiting.labels(host.name).set(statistics.num_waiting)
+        metrics.cached_bytes.labels(host.name).set(statistics.cached_bytes)
+
+    def accept(self, output: Output, host: Host) -> None:
+        """Note what a step brought one job."""
+        self.publisher.add(self.running[output.sequence_id].job, output)
+        if output.finish_reason is not None:
+            del self.running[output.sequence_id]
+            self.metrics.jobs.labels(host.name, output.finish_reason).inc()
+
+    def deliver(self) -> None:
+        """Write what is due to Redis; drop the jobs it no longer wants."""
+        if not self.heartbeat.is_connected or not self.publisher.is_due():
+            return
+        try:
+            for job_id in self.publisher.flush():
+                self.forget(job_id, "lost")
+            self.metrics.publish_seconds.observe(self.publisher.flush_s)
+        except NotReady as error:
+            self.heartbeat.lost_connection(error)
+
+    def forget(self, job_id: str, why: str) -> None:
+        """Drop a job that is no longer ours; its slot is free at once."""
+        self.publisher.drop(job_id)
+        running = self.running.pop(job_id, None)
+        if running is not None:
+            running.host.engine.cancel(job_id)
+            self.metrics.jobs.labels(running.host.name, why).inc()
+
+    def fail(self, job_id: str, sentence: str) -> None:
+        """End a job with an error for its client."""
+        running = self.running.pop(job_id)
+        self.publisher.fail(running.job, sentence)
+        self.metrics.jobs.labels(running.host.name, "error").inc()
+
+    def rest(self) -> None:
+        """Nothing to compute: sleep until a job may be waiting."""
+        if self.publisher.pending or not self.heartbeat.is_connected or not self.hosts.current:
+            time.sleep(0.02)
+            return
+        try:
+            self.queue.wait_for_work(IDLE_WAIT_S)
+        except NotReady as error:
+            self.heartbeat.lost_connection(error)
+
+    def drain(self) -> None:
+        """Let end what can within the grace time; hand over the rest, which goes on elsewhere at the same token."""
+        end_s = time.monotonic() + self.shutdown_grace_s
+        log.info("stopping: %d jobs are running, %.1f s to end them", len(self.running), self.shutdown_grace_s)
+        self.must_announce = True
+        self.hand_over([running for running in self.running.values() if not self.ends_within(running, end_s)])
+        while self.running and time.monotonic() < end_s:
+            self.turn()
+        self.hand_over(list(self.running.values()))
+        while self.publisher.pending and time.monotonic() < end_s + 1.0:
+            self.deliver()
+            time.sleep(0.005)
+        try:
+            self.queue.withdraw()
+        except NotReady as error:
+            log.warning("%s", error)
+
+    def ends_within(self, running: Running, end_s: float) -> bool:
+        """Whether a job can draw all its tokens by then at the engine's usual pace."""
+        statistics, sequence = running.host.engine.statistics, running.host.engine.sequences.get(running.job.id)
+        if sequence is None:
+            return True
+        step_s = statistics.busy_s / max(1, statistics.num_steps)
+        num_left = sequence.max_new_tokens - len(sequence.completion_ids)
+        return time.monotonic() + num_left * step_s < end_s
+
+    def hand_over(self, handed: list[Running]) -> None:
+        """Give jobs back to the queue, to be taken at once by whoever asks next."""
+        if not handed:
+            return
+        self.publisher.is_urgent = True
+        self.deliver()  # all that is known goes out before
+        jobs = [running.job for running in handed if self.holds(running.job.id, running.job.attempt)]
+        try:
+            self.queue.release(jobs if self.heartbeat.is_connected else ())
+        except NotReady as error:
+            self.heartbeat.lost_connection(error)  # another worker takes them when their leases have run out
+        for job in jobs:
+            self.forget(job.id, "handed_over")
+        log.info("handed over %d jobs", len(jobs))
+
+    def holds(self, job_id: str, attempt: int) -> bool:
+        running = self.running.get(job_id)
+        return running is not None and running.job.attempt == attempt
+
+    def leased_jobs(self) -> list[LeasedJob]:
+        """The jobs in hand; called from the heartbeat's thread."""
+        return [running.job for running in list(self.running.values())]
+
+    def describe(self) -> WorkerInfo:
+        """What this worker says about itself; called from the heartbeat's thread as well."""
+        current = dict(self.hosts.current)
+        engines = [host.engine for host in current.values()]
+        return WorkerInfo(
+            id=self.queue.worker_id,
+            models={name: host.revision for name, host in current.items()},
+            slots=sum(engine.cache.num_slots for engine in engines),
+            free=sum(engine.free_slots for engine in engines),
+            device=str(engines[0].model.device) if engines else "",
+            dtype=str(engines[0].cache.numbers_L2RKPE.dtype).removeprefix("torch.") if engines else "",
+            draining=self.is_stopping,
+            details={"threads": torch.get_num_threads(), "torch": torch.__version__},
+        )
+
+
+def run_worker(settings: Settings) -> None:
+    """Serve every model of `settings.models_dir` until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: a setting that cannot work on this machine, or a Redis that cannot hold the queue.
+    """
+    device = choose_device(settings.device)
+    dtype = choose_dtype(device.value, settings.dtype, purpose="serve")
+    threads = choose_num_threads(settings.num_threads)
+    torch.set_num_threads(threads.value)
+    log.info("device %s: %s; dtype %s: %s", device.value, device.reason, dtype.value, dtype.reason)
+    log.info("%d threads: %s", threads.value, threads.reason)
+    client = blocking_redis(settings.redis_url.get_secret_value())
+    limits = QueueLimits(
+        max_queued_jobs=settings.max_queued_jobs,
+        max_queued_tokens=settings.max_queued_tokens,
+        result_ttl_s=settings.result_ttl_s,
+        lease_ms=settings.lease_ms,
+        max_attempts=settings.max_attempts,
+    )
+    load = functools.partial(
+        load_host,
+        device=device.value,
+        dtype=dtype.value,
+        num_slots=settings.num_slots,
+        max_cached_tokens=settings.max_cached_tokens,
+    )
+    worker = Worker(
+        WorkerQueue(client, worker_id=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}", limits=limits),
+        Hosts(settings.models_dir, load, poll_s=settings.model_poll_s),
+        WorkerMetrics(),
+        shutdown_grace_s=settings.shutdown_grace_s,
+    )
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        if worker.is_stopping:  # asked twice: give everything back at once
+            worker.shutdown_grace_s = 0.0
+        worker.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    serve_metrics(worker.metrics, settings.worker_metrics_port)
+    if wait_for_redis(worker, client):
+        worker.run()
+    client.close()
+
+
+def wait_for_redis(worker: Worker, client: redis.Redis) -> bool:
+    """Wait until Redis answers; False if the worker was told to stop before."""
+    told = False
+    while not worker.is_stopping:
+        try:
+            log.info("the queue is in %s", check_server(client))
+            return True
+        except NotReady as error:
+            if not told:
+                log.warning("%s The worker waits for it.", error)
+            told = True
+            time.sleep(RETRY_S)
+    return False
+
+
+def serve_metrics(metrics: WorkerMetrics, port: int) -> None:
+    """Answer GET /metrics on a thread of its own; port 0 is off."""
+    if not port:
+        return
+    try:
+        prometheus_client.start_http_server(port, registry=metrics.registry)
+    except OSError as error:
+        raise ConfigError(
+            f"the worker's metrics port {port} cannot be opened ({error.strerror}); set SMOLLM_WORKER_METRICS_PORT"
+        ) from error

@@ -1,0 +1,57 @@
+"""The model list keeps itself: exports come and go without a restart."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import httpx2
+
+from tests.service.api.stack import client_of, make_settings, running_api, wait_until
+from tests.service.api.test_bad_input import assert_error
+from tests.tiny import write_tiny_export
+
+
+def names(client: httpx2.Client) -> set[str]:
+    return {model["id"] for model in client.get("/v1/models").json()["data"]}
+
+
+def test_exports_come_and_go(redis_url: str, tmp_path: Path, runs_dir: Path) -> None:
+    models_dir = tmp_path / "models"
+    settings = make_settings(redis_url, models_dir, runs_dir, default_model=None)
+    with running_api(settings) as api, client_of(api) as client:
+        assert names(client) == set()
+        error = assert_error(client.get("/ready"), 503)
+        assert "model" in error["message"]
+        assert_error(client.post("/generate", json={"prompt": "a"}), 503)
+        write_tiny_export(models_dir, "first")
+        wait_until(lambda: names(client) == {"first"}, "the first export")
+        assert_error(client.post("/generate", json={"prompt": "a"}), 503, code="no_worker")
+        write_tiny_export(models_dir, "second", seed=1)
+        wait_until(lambda: names(client) == {"first", "second"}, "the second export")
+        before = client.get("/v1/models/second").json()
+        write_tiny_export(models_dir, "second", seed=2)
+        wait_until(lambda: client.get("/v1/models/second").json()["revision"] != before["revision"], "the new weights")
+        (models_dir / "broken").mkdir()
+        (models_dir / "broken" / "config.json").write_text("{")
+        shutil.rmtree(models_dir / "first")
+        wait_until(lambda: names(client) == {"second"}, "the first to be gone")
+        assert_error(client.post("/tokenize", json={"text": "a", "model": "first"}), 404, code="model_not_found")
+
+
+def test_a_model_is_described(client: httpx2.Client) -> None:
+    models = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
+    tiny = models["tiny"]
+    assert tiny["context_length"] == 256 and tiny["trained_length"] == 64 and len(tiny["revision"]) == 64
+    assert tiny["is_default"] is True and models["plain"]["is_default"] is False
+    assert tiny["has_chat_template"] is True and models["plain"]["has_chat_template"] is False
+
+
+def test_tokens(client: httpx2.Client) -> None:
+    text = "First Citizen: Größe 日本 🙂<|im_end|>"
+    answer = client.post("/tokenize", json={"text": text}).json()
+    assert answer["count"] == len(answer["token_ids"]) and answer["model"] == "tiny"
+    body = {"token_ids": answer["token_ids"]}
+    assert client.post("/detokenize", json=body).json()["text"] == text.removesuffix("<|im_end|>")
+    assert_error(client.post("/detokenize", json={"token_ids": [512]}), 422, param="token_ids")
+    assert client.post("/tokenize", json={"text": ""}).json()["token_ids"] == []

@@ -1,0 +1,69 @@
+"""Model folders become engines, beside those that run, and leave when their last sequence has ended."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.engine.host import Host, Hosts, load_host
+from service.engine.sequence import Sequence
+from shared.sampling import SamplingParams
+from tests.tiny import write_tiny_export
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Hosts:
+    load = functools.partial(
+        load_host, device=torch.device("cpu"), dtype=torch.float32, num_slots=2, max_cached_tokens=256
+    )
+    return Hosts(tmp_path / "models", load, poll_s=0.05)
+
+
+def give_work(host: Host) -> None:
+    host.engine.add(Sequence(id="one", prompt_ids=[1, 2], params=SamplingParams(temperature=0.0), max_new_tokens=3))
+
+
+def test_a_new_revision_takes_new_jobs_and_the_old_one_ends_its_own(hosts: Hosts) -> None:
+    hosts.refresh()
+    assert not hosts.adopt()
+    first = write_tiny_export(hosts.models_dir)
+    hosts.refresh()
+    assert hosts.current == {}, "nothing changes but between two steps"
+    assert hosts.adopt()
+    old = hosts.current["tiny"]
+    assert old.revision == first.revision and old.engine.free_slots == 2
+    give_work(old)
+
+    second = write_tiny_export(hosts.models_dir, seed=1)
+    hosts.refresh()
+    assert hosts.adopt()
+    assert hosts.current["tiny"].revision == second.revision
+    assert hosts.retired == [old] and len(hosts.all) == 2
+    while old.engine.has_work:
+        old.engine.step()
+    assert not hosts.adopt()
+    assert hosts.retired == []
+
+    hosts.refresh()
+    assert not hosts.adopt(), "an unchanged folder is not loaded again"
+    shutil.rmtree(second.path)
+    hosts.refresh()
+    assert hosts.adopt() and hosts.current == {}
+
+
+def test_a_folder_that_cannot_be_loaded_harms_no_other(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
+    write_tiny_export(hosts.models_dir, "good")
+    bad = write_tiny_export(hosts.models_dir, "bad")
+    (bad.path / "tokenizer.json").write_text("{}")
+    hosts.refresh()
+    hosts.refresh()
+    assert hosts.adopt()
+    assert list(hosts.current) == ["good"]
+    assert len([record for record in caplog.records if "cannot serve bad" in record.message]) == 1
+    write_tiny_export(hosts.models_dir, "bad", seed=3)
+    hosts.refresh()
+    assert hosts.adopt() and set(hosts.current) == {"good", "bad"}

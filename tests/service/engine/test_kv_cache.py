@@ -1,0 +1,90 @@
+"""Slots: reserved, waited for, given back, and never more memory than allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.engine.kv_cache import KVCache
+from shared.config import ModelConfig
+from tests.tiny import TINY
+
+CPU = torch.device("cpu")
+
+
+def cache_of(num_slots: int = 4, max_cached_tokens: int = 300, config: ModelConfig = TINY) -> KVCache:
+    return KVCache(config, num_slots=num_slots, max_cached_tokens=max_cached_tokens, dtype=torch.float32, device=CPU)
+
+
+def test_slots_and_tokens_are_both_bounds() -> None:
+    cache = cache_of()
+    assert [cache.take(100), cache.take(100)] == [0, 1]
+    assert cache.take(101) is None
+    assert cache.take(100) == 2
+    assert (cache.free_slots, cache.free_tokens) == (1, 0)
+    cache.give(1)
+    assert [cache.take(40), cache.take(40)] == [1, 3]
+    assert cache.take(1) is None
+    assert cache.free_slots == 0
+
+
+def test_a_slot_is_no_longer_than_the_context_or_the_cache() -> None:
+    assert cache_of(max_cached_tokens=5_000).slot_length == TINY.max_position_embeddings
+    assert cache_of(max_cached_tokens=100).slot_length == 100
+
+
+def test_bytes_per_token_is_what_a_token_takes() -> None:
+    cache = cache_of()
+    assert cache.bytes_per_token == cache.numbers_L2RKPE[:, :, 0, :, 0].numel() * 4
+
+
+def taken(cache: KVCache, num_tokens: int) -> int:
+    slot = cache.take(num_tokens)
+    assert slot is not None
+    return slot
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4_096
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_follows_the_tokens_written_and_stays_below_the_bound() -> None:
+    cache = cache_of(
+        num_slots=16,
+        max_cached_tokens=16_384,
+        config=dataclasses.replace(
+            TINY, max_position_embeddings=8_192, num_hidden_layers=4, num_attention_heads=2, hidden_size=128
+        ),
+    )
+    bound = cache.max_cached_tokens * cache.bytes_per_token
+    assert cache.numbers_L2RKPE.nbytes >= 4 * bound > 4 * 64e6
+    before = resident_bytes()
+    for turn in range(4):  # other slots each time, so that without giving back all of them would fill up
+        slots = [taken(cache, 64) for _ in range(turn % 4)] + [taken(cache, 7_000) for _ in range(2)]
+        for slot in slots:
+            cache.numbers_L2RKPE[:, :, slot, :, : cache.reserved[slot]] = slot + 1.0
+        assert resident_bytes() - before < 1.2 * bound
+        for slot in slots:
+            assert (cache.numbers_L2RKPE[:, :, slot, :, : cache.reserved[slot] : 97] == slot + 1.0).all()
+            cache.give(slot)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is not given back")
+def test_giving_memory_back_empties_only_what_nobody_reserved() -> None:
+    cache = cache_of(num_slots=3, max_cached_tokens=600)
+    kept, freed = taken(cache, 200), taken(cache, 256)
+    cache.numbers_L2RKPE.fill_(1.0)
+    cache.give(freed)
+    again = taken(cache, 100)
+    other = taken(cache, 256)  # one more slot than the bound allows to stay warm
+    assert (again, other) == (freed, 2)
+    numbers = cache.numbers_L2RKPE
+    assert (numbers[:, :, kept, :, :200] == 1.0).all()
+    assert (numbers[:, :, again, :, :100] == 1.0).all()
+    assert (numbers[:, :, again, :, 160:] == 0.0).any()
