@@ -1,0 +1,1 @@
+"""The web page: a thin Gradio client of the REST API. Imports none of ours."""
