@@ -1,0 +1,21 @@
+"""`python -m benchmarks`: every benchmark in turn, each in a process of its own, as tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BENCHMARKS = ("engine", "queue", "parity")
+
+
+def main() -> int:
+    """Run them all; 1 if any missed a limit of its own."""
+    failed = 0
+    for name in BENCHMARKS:
+        print(f"\n=== python -m benchmarks.{name}", flush=True)
+        failed |= subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
