@@ -211,8 +211,8 @@ def test_the_stop_button_of_a_chat_cancels_its_job(page: Page, stack: Stack) -> 
     message = page.get_by_placeholder("Message")
     message.fill("Speak, speak.")
     message.press("Enter")
+    wait_until(lambda: stack.num_unfinished() == 1, "the job to run")  # Gradio shows a bot's bubble before any text
     expect(page.locator("#chat .bot.message")).to_contain_text(re.compile(r"\S"))
-    assert stack.num_unfinished() == 1
     page.locator("#chat-message .stop-button").click()
     wait_until(lambda: stack.num_unfinished() == 0, "the job to be cancelled", timeout_s=15)
     expect(page.locator("#chat-status")).to_contain_text("Stopped.")
