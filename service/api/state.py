@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable
 
@@ -16,7 +15,7 @@ from service.errors import NotReady
 from service.metrics import ApiMetrics
 from service.queue.connection import async_redis
 from service.queue.job import JobRecord, QueueLimits
-from service.queue.job_queue import JobQueue
+from service.queue.job_queue import JITTER, JobQueue
 from service.queue.streams import TokenStreams
 from service.settings import Settings
 
@@ -126,7 +125,7 @@ class RedisWatch:
 async def repeat(work: Callable[[], Awaitable[None]], every_s: float) -> None:
     """Do something for ever, whatever it raises; a fifth of jitter keeps processes apart."""
     while True:
-        await asyncio.sleep(every_s * random.uniform(0.9, 1.1))
+        await asyncio.sleep(every_s * JITTER.uniform(0.9, 1.1))
         try:
             await work()
         except Exception:

@@ -24,6 +24,8 @@ from service.queue.scripts import AsyncScripts
 NO_WORKER_RETRY_S: Final = 5.0
 UNKNOWN_SPEED_RETRY_S: Final = 5.0
 RETRY_RANGE_S: Final = (1.0, 120.0)
+JITTER: Final = random.Random()
+"""Not the global generator: whoever runs the API inside a process of their own may have seeded that one."""
 
 PRIORITIES: Final = {"high": 0, "normal": 1, "batch": 2}
 
@@ -162,7 +164,7 @@ class JobQueue:
     def _queue_full(self, request: JobRequest, queued: float, queued_cost: float, speed: float) -> QueueFull:
         wait_s = queued_cost / speed if speed > 0 else UNKNOWN_SPEED_RETRY_S
         # A fifth of jitter, so that refused clients do not come back all at once.
-        wait_s = min(max(wait_s * random.uniform(0.8, 1.2), RETRY_RANGE_S[0]), RETRY_RANGE_S[1])
+        wait_s = min(max(wait_s * JITTER.uniform(0.8, 1.2), RETRY_RANGE_S[0]), RETRY_RANGE_S[1])
         limits = self.limits
         return QueueFull(
             f"The queue of {request.model!r} is full: {queued:.0f} of {limits.max_queued_jobs} jobs and "

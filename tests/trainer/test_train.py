@@ -74,7 +74,9 @@ def test_how_rows_are_split_changes_no_update(data: PreparedData) -> None:
         assert loss == pytest.approx(ends[0][1], rel=1e-6)
         assert grad_norm == pytest.approx(ends[0][2], rel=1e-5)
         for name, tensor in end.items():
-            torch.testing.assert_close(tensor, ends[0][0][name], rtol=1e-4, atol=1e-5)
+            # AdamW divides by the root of a tiny square: where a gradient is nearly zero, its last bit becomes a
+            # share of a whole step. 1e-4 is a thirtieth of one here (3e-3).
+            torch.testing.assert_close(tensor, ends[0][0][name], rtol=1e-4, atol=1e-4)
 
 
 def test_logged_loss_is_the_mean_over_the_steps_tokens(data: PreparedData) -> None:
