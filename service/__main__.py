@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from service.api_keys import hash_of, new_key
 from service.settings import Settings, get_settings
 from shared.errors import SmolLMError
 from shared.log import configure_logging
@@ -21,6 +22,7 @@ Serve language models over HTTP, with a bounded queue in Redis between the two k
   python -m service api        answers HTTP and admits jobs; needs no GPU; start as many as you like
   python -m service worker     takes jobs from the queue and generates; one per GPU, or per machine
   python -m service health     asks a running API how it is, in words
+  python -m service key        makes an API key and prints it with its hash
 
 Both serve every export in models/ (SMOLLM_MODELS_DIR); a new one is offered without a restart. They meet at
 SMOLLM_REDIS_URL (Redis >= 7.0 or Valkey >= 7.2). API_PORT moves the API. `make up` starts all of it at once.
@@ -41,11 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("worker", help="take jobs and generate until SIGTERM")
     health = commands.add_parser("health", help="ask the API at API_PORT; exit code 1 if it does not answer")
     health.add_argument("--ready", action="store_true", help="exit code 1 also while it cannot serve a request yet")
+    commands.add_parser("key", help="make an API key and print it with the hash that the service keeps")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
+    if options.command == "key":
+        return make_key()
     try:
         settings = get_settings()
     except ValidationError as error:
@@ -69,6 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SmolLMError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    return 0
+
+
+def make_key() -> int:
+    key = new_key()
+    print(f"key     {key}\nhash    sha256:{hash_of(key)}")
+    print("Give the key to whoever asks; set SMOLLM_API_KEYS, or a [[key]] of SMOLLM_API_KEYS_FILE, to the hash.")
     return 0
 
 

@@ -5,10 +5,12 @@ RequestError                    base: status, type, code, and the field at fault
 ├── InvalidApiKey       401     a key is asked for and this one is missing or wrong
 ├── NotFound            404     no such model, job, run or route
 ├── MethodNotAllowed    405     the route knows other methods
+├── SlowRequest         408     headers or body took too long to arrive
 ├── DeadlinePassed      408     the job's timeout_s passed before it ended (/v1 only: others answer with the job)
 ├── IdempotencyConflict 409     the same Idempotency-Key with another body
 ├── JobCancelled        409     somebody cancelled the job (/v1 only: others answer with the job)
 ├── BodyTooLarge        413     more bytes than the service reads
+├── HeadersTooLarge     431     more bytes of address and headers than the service reads
 ├── InvalidValue        422     a field whose value cannot be served
 ├── QueueFull           429     the bounded queue (or this key's share of it) is full; carries retry_after_s
 ├── JobFailed           500     an accepted job could not be served
@@ -68,6 +70,14 @@ class MethodNotAllowed(RequestError):
     code = "method_not_allowed"
 
 
+class SlowRequest(RequestError):
+    """Headers or body took too long to arrive."""
+
+    status = 408
+    type = "timeout_error"
+    code = "request_timeout"
+
+
 class DeadlinePassed(RequestError):
     """The job's `timeout_s` passed before it ended."""
 
@@ -100,6 +110,13 @@ class BodyTooLarge(RequestError):
 
     status = 413
     code = "body_too_large"
+
+
+class HeadersTooLarge(RequestError):
+    """More bytes of address and headers than the service reads."""
+
+    status = 431
+    code = "headers_too_large"
 
 
 class InvalidValue(RequestError):

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.api_keys import ApiKey, parse_list
+
 
 class Settings(BaseSettings):
     """One frozen object, read once at start."""
@@ -24,8 +26,14 @@ class Settings(BaseSettings):
     # The API process
     api_host: str = Field("127.0.0.1", description="address the API listens on")
     api_port: int = Field(8000, description="port the API listens on", validation_alias="API_PORT")
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="comma-separated; a request must carry one as `Authorization: Bearer`; empty: no key asked"
+    api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = Field(
+        (),
+        description="comma-separated keys or sha256:HASH of keys; a request must carry one as `Authorization: Bearer`; "
+        "empty: no key asked",
+    )
+    api_keys_file: Path | None = Field(None, description="TOML with one [[key]] per key: hash, name, weight, limits")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="comma-separated origins whose pages may call the API from a browser; empty: none; * is any"
     )
     max_body_bytes: int = Field(1_000_000, description="larger request bodies are refused with 413")
 
@@ -57,7 +65,17 @@ class Settings(BaseSettings):
     @classmethod
     def split_keys(cls, value: object) -> object:
         """Read `one,two`; an empty setting is no key at all, not an empty key."""
-        return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
+        return parse_list(value) if isinstance(value, str) else value
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def split_origins(cls, value: object) -> object:
+        return tuple(one.strip() for one in value.split(",") if one.strip()) if isinstance(value, str) else value
+
+    @field_validator("api_keys_file", mode="before")
+    @classmethod
+    def empty_is_none(cls, value: object) -> object:
+        return value or None
 
 
 @functools.cache

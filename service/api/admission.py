@@ -23,9 +23,9 @@ from service.api.caller import Caller, CallerDep
 from service.api.models import Model
 from service.api.schemas import GenerateRequest, Sampling
 from service.api.state import ApiState, state_of
+from service.api_keys import PRIORITIES
 from service.errors import InvalidValue, NotReady
 from service.queue.job import Admission, JobRequest
-from service.queue.job_queue import PRIORITIES
 
 LONG_TEXT = 20_000
 """Characters from which tokenising would hold up everybody else for more than a few milliseconds."""
@@ -98,6 +98,9 @@ async def admit(
         raise InvalidValue(
             f"timeout_s is {asked.timeout_s:g}; at most {state.settings.max_timeout_s:g} is allowed.", param="timeout_s"
         )
+    best = caller.api_key.max_priority
+    if PRIORITIES[asked.priority] < PRIORITIES[best]:
+        raise InvalidValue(f"priority is {asked.priority}; this API key may ask for {best} at best.", param="priority")
     requests: list[JobRequest] = []
     for prompt in prompts:
         prompt_ids = await encode(model, prompt, prompt_field)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from service.api import generate, jobs, openai, runs, status, tokens
 from service.api.boundary import Boundary
@@ -18,6 +19,10 @@ from service.settings import Settings
 DESCRIPTION = """\
 Language models trained here, served through a bounded queue. Begin with `POST /generate`, or point any OpenAI client
 at `/v1`. Every error has one shape: `{"error": {"message", "type", "param", "code"}}`."""
+
+# For pages of `cors_origins`, which browsers hold to these. Keys travel in a header, so cookies are never asked for.
+ALLOWED_HEADERS = ("authorization", "content-type", "idempotency-key", "last-event-id", "prefer", "x-request-id")
+EXPOSED_HEADERS = ("location", "retry-after", "retry-after-ms", "x-job-id", "x-request-id")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -39,6 +44,15 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=ALLOWED_HEADERS,
+            expose_headers=EXPOSED_HEADERS,
+            max_age=600,
+        )
     app.add_middleware(Boundary, max_body_bytes=settings.max_body_bytes)
     install_error_handlers(app)
     install_documentation(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -12,11 +13,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import response_of
 from service.api.state import ApiState
-from service.errors import BodyTooLarge, InternalError
+from service.api.wire import MAX_HEADER_BYTES
+from service.errors import BodyTooLarge, HeadersTooLarge, InternalError, RequestError, SlowRequest
 
 log = logging.getLogger("service.api")
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+BODY_TIMEOUT_S = 30.0
+"""From the request's headers to the end of its body, which is at most `max_body_bytes`."""
 PROBES = frozenset(("/live", "/ready", "/health", "/metrics"))
 """Asked every few seconds; the log is not told."""
 
@@ -47,9 +51,10 @@ class Boundary:
             await send(message)
 
         try:
-            if int_of(headers.get("content-length", "")) > self.max_body_bytes:
-                scope["state"]["refusal"] = BodyTooLarge.code
-                await response_of(self.too_large())(scope, receive, send_with_id)
+            refusal = self.refusal_of(scope, headers)
+            if refusal is not None:
+                scope["state"]["refusal"] = refusal.code_name
+                await response_of(refusal)(scope, receive, send_with_id)
             else:
                 await self.app(scope, self.bounded(receive), send_with_id)
         except Exception:
@@ -62,15 +67,33 @@ class Boundary:
         finally:
             self.count(scope, status, time.perf_counter() - started)
 
+    def refusal_of(self, scope: Scope, headers: Headers) -> RequestError | None:
+        """What can be refused by the headers alone."""
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            return HeadersTooLarge(f"The headers have more than {MAX_HEADER_BYTES:,} bytes; send less.")
+        if int_of(headers.get("content-length", "")) > self.max_body_bytes:
+            return self.too_large()
+        return None
+
     def bounded(self, receive: Receive) -> Receive:
-        """Count the body as it comes: a chunked one says no length before."""
+        """Bound the body in size, counted as it comes (a chunked one says no length before), and in time."""
         num_bytes = 0
+        is_whole = False
+        give_up_at: float | None = None
 
         async def receive_part() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, is_whole, give_up_at
+            if is_whole:  # somebody waits for the client to leave
+                return await receive()
+            give_up_at = give_up_at or asyncio.get_running_loop().time() + BODY_TIMEOUT_S
+            try:
+                async with asyncio.timeout_at(give_up_at):
+                    message = await receive()
+            except TimeoutError:
+                raise SlowRequest(f"The body did not end within {BODY_TIMEOUT_S:g} s; send it at once.") from None
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
+                is_whole = not message.get("more_body", False)
                 if num_bytes > self.max_body_bytes:
                     raise self.too_large()
             return message

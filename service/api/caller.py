@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.api.state import state_of
+from service.api_keys import ANYBODY, ApiKey, find_key
 from service.errors import InvalidApiKey, InvalidValue
 
 MAX_IDEMPOTENCY_KEY = 255
@@ -23,12 +22,17 @@ TRACE_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 class Caller:
     """One request's headers, understood."""
 
-    key: str
-    """Whose jobs these are, for fair share: a hash of the API key, "" where none is asked for."""
+    api_key: ApiKey
+    """Whose jobs these are, and what they may cost."""
     idempotency_key: str | None
     trace: str | None
     wants_stream: bool
     wants_async: bool
+
+    @property
+    def key(self) -> str:
+        """Whose jobs these are: the beginning of the key's hash, "" where none is asked for."""
+        return self.api_key.id
 
 
 async def identify(request: Request) -> Caller:
@@ -39,7 +43,7 @@ async def identify(request: Request) -> Caller:
         InvalidValue: the Idempotency-Key is none.
     """
     headers = request.headers
-    key = _check_key(request, headers.get("authorization", ""))
+    api_key = _check_key(request, headers.get("authorization", ""))
     idempotency_key = headers.get("idempotency-key")
     if idempotency_key is not None and not (
         0 < len(idempotency_key) <= MAX_IDEMPOTENCY_KEY and idempotency_key.isascii() and idempotency_key.isprintable()
@@ -50,7 +54,7 @@ async def identify(request: Request) -> Caller:
     trace = headers.get("traceparent", "")
     preferences = {part.strip().partition(";")[0].lower() for part in headers.get("prefer", "").split(",")}
     return Caller(
-        key=key,
+        api_key=api_key,
         idempotency_key=idempotency_key,
         trace=trace if TRACE_PARENT.fullmatch(trace) else None,
         wants_stream="text/event-stream" in headers.get("accept", "").lower(),
@@ -61,17 +65,16 @@ async def identify(request: Request) -> Caller:
 CallerDep = Annotated[Caller, Depends(identify)]
 
 
-def _check_key(request: Request, authorization: str) -> str:
-    """Return the hash of a valid key; compares with every key, whole, whether or not one matched already."""
-    keys = state_of(request).settings.api_keys
+def _check_key(request: Request, authorization: str) -> ApiKey:
+    keys = state_of(request).key_ring.keys
     if not keys:
-        return ""
+        return ANYBODY
     scheme, _, presented = authorization.partition(" ")
-    digest = hashlib.sha256(presented.strip().encode("utf-8", "surrogateescape")).digest()
-    matches = [hmac.compare_digest(digest, hashlib.sha256(key.get_secret_value().encode()).digest()) for key in keys]
-    if not any(matches) or scheme.lower() != "bearer":
+    found = find_key(keys, presented.strip())
+    if found is None or scheme.lower() != "bearer":
         raise InvalidApiKey("The API key is missing or wrong; send `Authorization: Bearer KEY`.")
-    return digest.hex()[:16]
+    request.state.key = found.id
+    return found
 
 
 def read_cursor(request: Request) -> int:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response, StreamingResponse
 
 from service.api.answer import describe
-from service.api.caller import identify, read_cursor
+from service.api.caller import CallerDep, identify, read_cursor
 from service.api.documentation import errors, events
 from service.api.errors import JsonResponse
 from service.api.event_stream import EventStream
@@ -34,18 +34,18 @@ CURSOR_PARAMETERS: list[dict[str, Any]] = [
 ]
 
 
-async def find_job(request: Request, job_id: str) -> JobRecord:
+async def find_job(request: Request, job_id: str, caller: CallerDep) -> JobRecord:
     """Return the job an address names.
 
     Raises:
-        NotFound: there is none, or its result was kept long enough.
+        NotFound: there is none, its result was kept long enough, or it is another key's.
     """
     state = state_of(request)
     record = None
     if JOB_ID.fullmatch(job_id):
         state.redis.require()
         record = await state.queue.get(job_id)
-    if record is None:
+    if record is None or (caller.key and record.key != caller.key):
         raise NotFound(
             f"There is no such job; results are kept for {state.settings.result_ttl_s} s.", code="job_not_found"
         )

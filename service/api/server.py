@@ -13,6 +13,8 @@ from types import FrameType
 import uvicorn
 
 from service.api.app import create_app
+from service.api.wire import BoundedHttp
+from service.api_keys import KeyRing
 from service.errors import NotReady
 from service.queue.connection import blocking_redis, check_server
 from service.settings import Settings
@@ -34,17 +36,22 @@ def run_api(settings: Settings) -> None:
         ConfigError: the port cannot be taken, or Redis may lose jobs as it is configured.
     """
     _check_redis(settings)
+    keys = KeyRing(
+        settings.api_keys, settings.api_keys_file
+    ).keys  # a file at fault is a sentence here, not a traceback
     listener = take_port(settings.api_host, settings.api_port)
-    if not settings.api_keys and not is_loopback(settings.api_host):
+    log.info("%d API keys are known; %s", len(keys), "one is asked for" if keys else "none is asked for")
+    if not keys and not is_loopback(settings.api_host):
         log.warning(
-            "NO API KEY IS ASKED FOR and the API listens on %s: whoever reaches port %d may use it. "
-            "Set SMOLLM_API_KEYS to a comma-separated list of secrets, or SMOLLM_API_HOST=127.0.0.1.",
+            "NO API KEY IS ASKED FOR and the API listens on %s: whoever reaches port %d may use it. Set "
+            "SMOLLM_API_KEYS or SMOLLM_API_KEYS_FILE (see `python -m service key`), or SMOLLM_API_HOST=127.0.0.1.",
             settings.api_host,
             settings.api_port,
         )
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(settings),
+            http=BoundedHttp,
             access_log=False,
             log_config=None,
             server_header=False,

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from fastapi import Request
 
 from service.api.models import Models
+from service.api_keys import KeyRing
 from service.errors import NotReady
 from service.metrics import ApiMetrics
 from service.queue.connection import async_redis
@@ -24,6 +25,7 @@ log = logging.getLogger("service.api")
 PING_EVERY_S = 0.5
 PING_TIMEOUT_S = 1.0
 REAP_EVERY_S = 1.0
+KEYS_POLL_S = 2.0
 OUTAGE_CODE = "redis_unavailable"
 
 
@@ -32,6 +34,7 @@ class ApiState:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.key_ring = KeyRing(settings.api_keys, settings.api_keys_file)
         self.limits = QueueLimits(
             max_queued_jobs=settings.max_queued_jobs,
             max_queued_tokens=settings.max_queued_tokens,
@@ -55,6 +58,7 @@ class ApiState:
         self._tasks = [
             asyncio.create_task(repeat(self.models.refresh, self.settings.model_poll_s), name="models"),
             asyncio.create_task(repeat(self.redis.look, PING_EVERY_S), name="redis-watch"),
+            asyncio.create_task(repeat(self.key_ring.refresh, KEYS_POLL_S), name="keys"),
             asyncio.create_task(repeat(self._reap, REAP_EVERY_S), name="reaper"),
         ]
 

@@ -163,6 +163,8 @@ class JobRecord:
     id: str
     state: JobState
     request: JobRequest
+    key: str
+    """Whose it is, as `JobQueue.admit` was told."""
     completion: Completion
     finish: Finish | None
     """Set when the state is final."""

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import redis.asyncio
 
+from service.api_keys import PRIORITIES
 from service.errors import IdempotencyConflict, NotReady, QueueFull
 from service.queue import keys
 from service.queue.connection import answer_in_time
@@ -26,8 +27,6 @@ UNKNOWN_SPEED_RETRY_S: Final = 5.0
 RETRY_RANGE_S: Final = (1.0, 120.0)
 JITTER: Final = random.Random()
 """Not the global generator: whoever runs the API inside a process of their own may have seeded that one."""
-
-PRIORITIES: Final = {"high": 0, "normal": 1, "batch": 2}
 
 
 class JobQueue:

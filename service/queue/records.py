@@ -28,6 +28,7 @@ def read_record(job_id: str, reply: Sequence[Any]) -> JobRecord | None:
         id=job_id,
         state=state,
         request=JobRequest.from_json(fields["request"]),
+        key=fields["key"],
         completion=join_chunks(read_chunks(entries)),
         finish=_finish(fields) if state.is_final else None,
         position=position,

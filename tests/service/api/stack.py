@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from service.api.app import create_app
 from service.api.server import take_port
+from service.api.wire import BoundedHttp
 from service.queue.connection import blocking_redis
 from service.queue.job import Chunk, Finish, LeasedJob, QueueLimits, Verdict, WorkerInfo
 from service.queue.worker_queue import WorkerQueue
@@ -52,7 +53,7 @@ class Api:
         self.listener = take_port("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.server = uvicorn.Server(
-            uvicorn.Config(self.app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+            uvicorn.Config(self.app, http=BoundedHttp, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         )
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
         self.thread.start()
