@@ -146,6 +146,8 @@ class Worker:
                     completion_ids=list(job.completion_ids),
                     end_token_ids=host.folder.end_token_ids,
                     ignore_eos=bool(request.options.get("ignore_eos", False)),
+                    stop_token_ids=request.options.get("stop_token_ids", ()),
+                    grammar=request.options.get("grammar"),
                 )
             )
         except (SmolLMError, TypeError) as error:

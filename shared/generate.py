@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence, Set
 import torch
 
 from shared.errors import GenerationError
+from shared.grammar import Grammar
 from shared.model import SmolLM2
 from shared.sampling import SamplingParams, SamplingRow, sample
 
@@ -18,18 +19,21 @@ def generate(
     *,
     max_new_tokens: int,
     end_token_ids: Set[int] | Sequence[int] = (),
+    grammar: Grammar | None = None,
 ) -> Iterator[int]:
     """Yield the completion's tokens one by one; the end token stops it and is not yielded.
 
-    Positions end with the model's: a prompt of `max_position_embeddings` tokens yields nothing.
+    Positions end with the model's: a prompt of `max_position_embeddings` tokens yields nothing. A grammar, fresh, ends
+    the completion as soon as nothing can follow.
 
     Raises:
-        GenerationError: the prompt is empty, too long, or holds an id the model does not know.
+        GenerationError: the prompt is empty, too long, or holds an id the model does not know; so does `logit_bias`.
     """
     config = model.config
     check_prompt(prompt_ids, config.vocab_size, config.max_position_embeddings)
+    params.check_ids(config.vocab_size)
     completion: list[int] = []
-    row = SamplingRow(params, prompt_ids, completion)
+    row = SamplingRow(params, prompt_ids, completion, tuple(end_token_ids), grammar)
     for _ in range(min(max_new_tokens, config.max_position_embeddings - len(prompt_ids))):
         with torch.inference_mode():
             ids_1T = torch.tensor([[*prompt_ids, *completion]], device=model.device)
@@ -39,6 +43,8 @@ def generate(
             return
         completion.append(token_id)
         yield token_id
+        if grammar is not None and not grammar.push(token_id):
+            return
 
 
 def check_prompt(prompt_ids: Sequence[int], vocab_size: int, max_positions: int) -> None:

@@ -1,4 +1,4 @@
-"""From the scores of the next token to one token: penalties, temperature, top-k, top-p, min-p, one draw per row.
+"""From the scores of the next token to one token: masks, bias, penalties, temperature, filters, one draw per row.
 
 The meaning of every parameter is that of transformers' logits processors and vLLM. The draw is a function of
 (seed, index of the token) alone: a row gives the same token in any batch, on any worker, after any restart.
@@ -7,8 +7,9 @@ The meaning of every parameter is that of transformers' logits processors and vL
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -46,6 +47,10 @@ class SamplingParams:
     """Subtracted from the score of every token seen in the completion."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's score once for each time it stands in the completion."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Added to the scores of these token ids; -100 as good as bans one."""
+    min_tokens: int = 0
+    """Tokens before which nothing ends the completion: end tokens are barred, stop strings are passed over."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,7 +61,12 @@ class SamplingParams:
         require(0.0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
         require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "from -2 to 2")
         require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "from -2 to 2")
+        require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 (off) or more")
         require(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2**64 - 1")
+        # JSON knows no whole numbers as names: what travelled through the queue comes back with texts.
+        object.__setattr__(self, "logit_bias", {int(token): bias for token, bias in self.logit_bias.items()})
+        for token_id, bias in self.logit_bias.items():
+            require(-100.0 <= bias <= 100.0, f"logit_bias of token {token_id}", bias, "from -100 to 100")
 
     @property
     def is_greedy(self) -> bool:
@@ -66,10 +76,26 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuse a bias on a token that the model does not have.
+
+        Raises:
+            GenerationError: it names the id.
+        """
+        for token_id in self.logit_bias:
+            require(0 <= token_id < vocab_size, "a token id of logit_bias", token_id, f"from 0 to {vocab_size - 1}")
+
 
 def require(holds: bool, name: str, value: float, expected: str) -> None:
     if not holds:
         raise GenerationError(f"{name} is {value}; it must be {expected}")
+
+
+class Constraint(Protocol):
+    """What may come next where not every token may: a grammar, say."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return which of the first ids may come next; ids beyond may not."""
 
 
 @dataclass(slots=True)
@@ -79,11 +105,26 @@ class SamplingRow:
     params: SamplingParams
     prompt_ids: Sequence[int] = ()
     completion_ids: Sequence[int] = field(default_factory=list)
+    end_token_ids: Sequence[int] = ()
+    """What ends the completion, and so is barred from the first `min_tokens` tokens."""
+    constraint: Constraint | None = None
 
     @property
     def index(self) -> int:
         """Place in the completion of the token to be drawn."""
         return len(self.completion_ids)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token is the likeliest by the model's own scores."""
+        params = self.params
+        return (
+            params.is_greedy
+            and not params.has_penalties
+            and not params.logit_bias
+            and self.constraint is None
+            and self.index >= params.min_tokens
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +152,7 @@ def sample(
     assert logits_BV.dim() == 2 and logits_BV.shape[0] == len(rows), (logits_BV.shape, len(rows))
     if not rows:
         return []
-    others = [place for place, row in enumerate(rows) if not row.params.is_greedy or row.params.has_penalties]
+    others = [place for place, row in enumerate(rows) if not row.is_plain]
     token_ids = likeliest(logits_BV) if len(others) < len(rows) else [0] * len(rows)
     if others:
         chosen_BV = logits_BV if len(others) == len(rows) else logits_BV[others]
@@ -129,9 +170,20 @@ def likeliest(logits_BV: Tensor) -> list[int]:
     On a GPU the ids alone leave the device. On a CPU NumPy's search is 15 times as fast as torch's in bfloat16.
     """
     if logits_BV.device.type == "cpu":
-        ids: list[int] = logits_BV.detach().float().numpy().argmax(axis=-1).tolist()
+        scores_BV = logits_BV.detach().float().numpy()
+        ids_B = scores_BV.argmax(axis=-1)  # NaN counts as largest
+        check_numbers(bool(np.isfinite(scores_BV[np.arange(len(ids_B)), ids_B]).all()))
+        ids: list[int] = ids_B.tolist()
         return ids
-    return logits_BV.argmax(dim=-1).tolist()
+    best = logits_BV.max(dim=-1)
+    ids = best.indices.masked_fill(~best.values.isfinite(), -1).tolist()
+    check_numbers(min(ids) >= 0)
+    return ids
+
+
+def check_numbers(are_numbers: bool) -> None:
+    if not are_numbers:
+        raise WeightsError("the model's scores are not numbers; its weights are damaged, export or download them again")
 
 
 def choose(scores_V: NDArray[np.float32], row: SamplingRow) -> int:
@@ -139,15 +191,36 @@ def choose(scores_V: NDArray[np.float32], row: SamplingRow) -> int:
 
     NumPy on one thread: these vectors are too short to gain from torch's threads, which cost most on a busy machine.
     """
+    bar_tokens(scores_V, row)
+    apply_bias(scores_V, row.params.logit_bias)
     apply_penalties(scores_V, row)
+    best = scores_V.max()
+    check_numbers(bool(np.isfinite(best)))
     if row.params.is_greedy:
         return int(scores_V.argmax())
-    scores_V -= scores_V.max()  # now no temperature, however small, overflows
+    scores_V -= best  # now no temperature, however small, overflows
     scores_V /= np.float32(row.params.temperature)
-    weights_V = np.exp(scores_V)
-    if not weights_V.max() == 1.0:
-        raise WeightsError("the model's scores are not numbers; its weights are damaged, export or download them again")
+    weights_V = np.exp(scores_V, out=scores_V)
     return draw(weights_V, row.params, uniform(row.params.seed, row.index))
+
+
+def bar_tokens(scores_V: NDArray[np.float32], row: SamplingRow) -> None:
+    """Give no chance to what the constraint forbids, and to what would end the completion before `min_tokens`."""
+    if row.constraint is not None:
+        allowed = row.constraint.allowed()[: len(scores_V)]
+        scores_V[: len(allowed)][~allowed] = -np.inf
+        scores_V[len(allowed) :] = -np.inf
+    if row.index < row.params.min_tokens and len(row.end_token_ids):
+        ends = np.asarray(row.end_token_ids, dtype=np.int64)
+        before = scores_V[ends]
+        scores_V[ends] = -np.inf
+        if row.constraint is not None and not np.isfinite(scores_V.max()):
+            scores_V[ends] = before  # nothing but the end is left to the constraint, which is the stricter of the two
+
+
+def apply_bias(scores_V: NDArray[np.float32], logit_bias: Mapping[int, float]) -> None:
+    if logit_bias:
+        scores_V[np.fromiter(logit_bias, np.int64)] += np.fromiter(logit_bias.values(), np.float32)
 
 
 def apply_penalties(scores_V: NDArray[np.float32], row: SamplingRow) -> None:
@@ -188,26 +261,26 @@ def survivors(weights_V: NDArray[np.float32], params: SamplingParams) -> NDArray
         smallest = np.partition(weights_V, size - params.top_k)[size - params.top_k]
         kept = np.flatnonzero(weights_V >= smallest)  # ties with the k-th stay, as in transformers
     if params.top_p < 1.0:
-        kept = nucleus(weights_V, np.arange(size) if kept is None else kept, params.top_p)
+        kept = nucleus(weights_V, kept, params.top_p)
     if params.min_p > 0.0:
         floor = np.float32(params.min_p)
         kept = np.flatnonzero(weights_V >= floor) if kept is None else kept[weights_V[kept] >= floor]
     return kept
 
 
-def nucleus(weights_V: NDArray[np.float32], ids: NDArray[np.intp], top_p: float) -> NDArray[np.intp]:
-    """Return the fewest of `ids` whose weights reach `top_p` of their sum. Holtzman et al. 2019, arXiv 1904.09751.
+def nucleus(weights_V: NDArray[np.float32], ids: NDArray[np.intp] | None, top_p: float) -> NDArray[np.intp]:
+    """Return the fewest of `ids` (None: of all) whose weights reach `top_p` of their sum. Holtzman et al. 2019.
 
-    A token stays while those before it have not reached `top_p`, so at least one does. Sorting a whole vocabulary
-    takes milliseconds; instead tokens are counted into buckets by weight, and only the bucket in which the sum is
-    reached is sorted.
+    A token stays while those before it have not reached `top_p`, so at least one does (arXiv 1904.09751). Sorting a
+    whole vocabulary takes milliseconds; instead tokens are counted into buckets by weight, and only the bucket in
+    which the sum is reached is sorted.
     """
-    weights = weights_V[ids]
+    weights = weights_V if ids is None else weights_V[ids]
     total = float(weights.sum(dtype=np.float64))
     needed = top_p * total
     # All tokens below this floor together weigh less than 1 - top_p, so the nucleus lies above it: most go here.
-    possible = weights >= (1.0 - top_p) * total / len(ids)
-    ids, weights = ids[possible], weights[possible]
+    possible = np.flatnonzero(weights >= np.float32((1.0 - top_p) * total / len(weights)))
+    ids, weights = possible if ids is None else ids[possible], weights[possible]
     # The bits of a positive float are ordered as the number is: exponent and 4 bits of mantissa, largest first.
     buckets = (BITS_OF_ONE >> BUCKET_SHIFT) - (weights.view(np.int32) >> BUCKET_SHIFT)
     reached = np.cumsum(np.bincount(buckets, weights=weights))

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -20,6 +20,9 @@ from shared.config import ModelConfig
 from shared.errors import GenerationError, TokenizerError
 from shared.files import write_atomically
 from shared.stream_decoder import StreamDecoder, token_to_bytes
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 MAX_PADDING_IDS = 128
@@ -161,6 +164,13 @@ class Tokenizer:
         """The bytes each id stands for, by id."""
         tokens = (self.backend.id_to_token(token_id) for token_id in range(self.vocab_size))
         return [token_to_bytes(token or "") for token in tokens]
+
+    @functools.cached_property
+    def vocabulary(self) -> LLTokenizer:
+        """What a grammar needs to know of the tokens; takes a quarter of a second the first time."""
+        from shared.grammar import vocabulary_of
+
+        return vocabulary_of(self)
 
     def stream_decoder(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
         """Return a fresh decoder for one completion."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from service.engine.attention import StepAttention
 from service.engine.kv_cache import KVCache
 from service.engine.scheduler import Scheduler, Work
 from service.engine.sequence import Output, Sequence
-from service.engine.stopping import Released, Stopping
+from service.engine.stopping import Released
+from shared.errors import GenerationError
 from shared.generate import check_prompt
 from shared.model import SmolLM2
 from shared.sampling import SampledToken, sample
@@ -101,22 +103,15 @@ class Engine:
         """Take a sequence; it starts as soon as it fits.
 
         Raises:
-            GenerationError: the prompt is empty, too long, or holds an id the model does not know.
+            GenerationError: the prompt is empty or too long, it or `logit_bias` holds an id the model does not know, or
+                the grammar is wrong.
         """
         assert sequence.id not in self.sequences, sequence.id
         limit = self.cache.slot_length
         check_prompt(sequence.prompt_ids, self.model.config.vocab_size, limit)
+        sequence.params.check_ids(self.model.config.vocab_size)
         sequence.max_new_tokens = min(sequence.max_new_tokens, limit - len(sequence.prompt_ids))
-        sequence.stopping = Stopping(
-            self.tokenizer.stream_decoder(),
-            stop=sequence.stop,
-            end_token_ids=() if sequence.ignore_eos else sequence.end_token_ids,
-            max_new_tokens=sequence.max_new_tokens,
-        )
-        released = sequence.stopping.start()
-        for token_id in sequence.completion_ids:  # delivered by an earlier attempt, with its text
-            if released.ended is None:
-                released = sequence.stopping.push(token_id)
+        released = sequence.prepare(self.tokenizer)
         if released.ended is None:
             self.sequences[sequence.id] = sequence
             self.scheduler.add(sequence)
@@ -130,7 +125,7 @@ class Engine:
         self.ended_early = [output for output in self.ended_early if output.sequence_id != sequence_id]
 
     def step(self) -> list[Output]:
-        """Schedule, forward, sample, stop. Returns what is new of each sequence, at most one output for each."""
+        """Schedule, forward, sample, stop. Returns what is new of each sequence, an output for each token."""
         started_s = time.monotonic()
         outputs, self.ended_early = self.ended_early, []
         work = self.scheduler.plan()
@@ -138,51 +133,100 @@ class Engine:
             return outputs
         for item in work:
             item.sequence.started_s = item.sequence.started_s or started_s
-        complete = [item.sequence for item in work if item.is_complete]
+        complete = [item for item in work if item.is_complete]
+        self.totals.num_prefill_tokens += sum(item.num_known - item.span.start for item in work) - len(complete)
         with torch.inference_mode():
             logits_BV = self.forward(work)
-            drawn = sample(
-                logits_BV,
-                [sequence.row for sequence in complete],
-                logprobs=[sequence.logprobs for sequence in complete],
-            )
-        now_s = time.monotonic()
-        for item in work:
-            item.sequence.num_cached = item.span.end
-        outputs += [self.accept(sequence, token, now_s) for sequence, token in zip(complete, drawn, strict=True)]
+            for item in work:
+                item.sequence.num_cached = item.num_known
+            drawn = self.draw(logits_BV, complete)
         self.totals.num_steps += 1
-        self.totals.num_prefill_tokens += sum(item.span.count for item in work) - len(complete)
         self.totals.num_drawn_tokens += len(drawn)
         self.totals.busy_s += time.monotonic() - started_s
-        return outputs
+        return outputs + drawn
 
     def forward(self, work: list[Work]) -> Tensor:
-        """Compute all tokens of the step at once; return the scores (B, V) of the sequences complete after it."""
+        """Compute all tokens of the step at once; return the scores (B, V) that `Work.num_scores` asks for."""
         ids: list[int] = []
         positions: list[int] = []
-        last_places = []
+        places: list[int] = []
         for item in work:
-            ids += item.sequence.tokens(item.span.start, item.span.count)
+            ids += item.token_ids
             positions += range(item.span.start, item.span.end)
-            if item.is_complete:
-                last_places.append(len(ids) - 1)
+            places += range(len(ids) - item.num_scores, len(ids))
         ids_1N = torch.tensor([ids], device=self.model.device)
         positions_1N = torch.tensor([positions], device=self.model.device)
         attend = StepAttention(self.cache, [item.span for item in work])
         hidden_ND = self.model.hidden_states(ids_1N, positions_1N, attend)[0]
-        return self.model.logits(hidden_ND if len(last_places) == len(ids) else hidden_ND[last_places])
+        return self.model.logits(hidden_ND if len(places) == len(ids) else hidden_ND[places])
+
+    def draw(self, logits_BV: Tensor, complete: list[Work]) -> list[Output]:
+        """Draw a token for each sequence, and a further one as long as the one before was guessed right.
+
+        A guess changes nothing but the time: every token is drawn from the scores behind those drawn before it.
+        """
+        outputs: list[Output] = []
+        first_rows = list(accumulate((item.num_scores for item in complete), initial=0))
+        live = list(zip(complete, first_rows, strict=False))
+        depth = 0
+        while live:
+            live = [(item, row) for item, row in live if self.can_follow_grammar(item.sequence, outputs)]
+            rows = [row + depth for _, row in live]
+            drawn = sample(
+                logits_BV if len(rows) == len(logits_BV) else logits_BV[rows],
+                [item.sequence.row for item, _ in live],
+                logprobs=[item.sequence.logprobs for item, _ in live],
+            )
+            now_s = time.monotonic()
+            still: list[tuple[Work, int]] = []
+            for (item, row), token in zip(live, drawn, strict=True):
+                outputs.append(self.accept(item.sequence, token, now_s))
+                is_over = item.sequence.id not in self.sequences
+                if not is_over and depth < len(item.drafts) and item.drafts[depth] == token.token_id:
+                    item.sequence.num_cached += 1
+                    still.append((item, row))
+            live = still
+            depth += 1
+        return outputs
+
+    def can_follow_grammar(self, sequence: Sequence, outputs: list[Output]) -> bool:
+        """Whether what may come next is known; if its grammar got too complex, that sequence alone ends."""
+        if sequence.row.constraint is None:
+            return True
+        try:
+            sequence.row.constraint.allowed()
+        except GenerationError as error:
+            outputs.append(self.fail(sequence, error))
+            return False
+        return True
 
     def accept(self, sequence: Sequence, token: SampledToken, now_s: float) -> Output:
         """Give a sequence the token drawn for it."""
         sequence.first_token_s = sequence.first_token_s or now_s
         sequence.last_token_s = now_s
-        released = sequence.stopping.push(token.token_id)
+        try:
+            released = sequence.stopping.push(token.token_id)
+        except GenerationError as error:
+            return self.fail(sequence, error)
         output = describe(sequence, released, token)
         if released.is_kept:
             sequence.completion_ids.append(token.token_id)
         if released.ended is not None:
             self.cancel(sequence.id)
         return output
+
+    def fail(self, sequence: Sequence, error: GenerationError) -> Output:
+        """End a sequence that cannot go on."""
+        self.cancel(sequence.id)
+        return Output(
+            sequence_id=sequence.id,
+            first_index=len(sequence.completion_ids),
+            token_ids=(),
+            text="",
+            finish_reason="error",
+            error=str(error),
+            timings=sequence.timings,
+        )
 
 
 def describe(sequence: Sequence, released: Released, token: SampledToken | None = None) -> Output:

@@ -19,11 +19,27 @@ class Work:
 
     sequence: Sequence
     span: Span
+    drafts: tuple[int, ...] = ()
+    """Guesses of what comes next, computed behind the known tokens; `span` covers them too."""
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of the sequence, from its first on, that are computed after this step, guesses aside."""
+        return self.span.end - len(self.drafts)
 
     @property
     def is_complete(self) -> bool:
         """Whether the next token can be drawn after it."""
-        return self.span.end == self.sequence.num_tokens
+        return self.num_known == self.sequence.num_tokens
+
+    @property
+    def num_scores(self) -> int:
+        """Tokens whose successor's scores are wanted: the last known one and every guess."""
+        return 1 + len(self.drafts) if self.is_complete else 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.sequence.tokens(self.span.start, self.num_known - self.span.start), *self.drafts]
 
 
 class Scheduler:

@@ -6,10 +6,12 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from service.engine.stopping import Stopping
+from service.engine.stopping import Released, Stopping
+from shared.grammar import Grammar
 from shared.sampling import SamplingParams, SamplingRow
+from shared.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,7 +29,12 @@ class Sequence:
     completion_ids: list[int] = field(default_factory=list)
     """What an earlier attempt already delivered: the engine goes on behind it."""
     end_token_ids: Ids[int] = ()
+    """The model's own; `ignore_eos` passes them over."""
     ignore_eos: bool = False
+    stop_token_ids: Ids[int] = ()
+    """The request's own: they end the completion as well, and are not part of it."""
+    grammar: str | None = None
+    """What the completion must be, as `shared.grammar` writes it."""
 
     slot: int | None = None
     num_cached: int = 0
@@ -44,6 +51,29 @@ class Sequence:
         self.completion_ids = list(self.completion_ids)
         self.num_resumed = len(self.completion_ids)
         self.row = SamplingRow(self.params, self.prompt_ids, self.completion_ids)
+
+    def prepare(self, tokenizer: Tokenizer) -> Released:
+        """Stand behind what an earlier attempt delivered, with its text; return what the last of that brought.
+
+        Raises:
+            GenerationError: the grammar is wrong.
+        """
+        ends = [*(() if self.ignore_eos else self.end_token_ids), *self.stop_token_ids]
+        grammar = None if self.grammar is None else Grammar(self.grammar, tokenizer, end_token_ids=ends)
+        self.row.end_token_ids, self.row.constraint = ends, grammar
+        self.stopping = Stopping(
+            tokenizer.stream_decoder(),
+            stop=self.stop,
+            end_token_ids=ends,
+            max_new_tokens=self.max_new_tokens,
+            min_tokens=self.params.min_tokens,
+            grammar=grammar,
+        )
+        released = self.stopping.start()
+        for token_id in self.completion_ids:
+            if released.ended is None:
+                released = self.stopping.push(token_id)
+        return released
 
     @property
     def num_tokens(self) -> int:
@@ -92,5 +122,7 @@ class Output:
     """One per token: {"token_id", "logprob", "top": [[token id, logprob], ...]}."""
     finish_reason: FinishReason | None = None
     stop_sequence: str | None = None
+    error: str | None = None
+    """One sentence, with the finish reason "error"."""
     timings: dict[str, float] = field(default_factory=dict)
     """Filled in with the finish reason."""

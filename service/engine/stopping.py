@@ -1,4 +1,4 @@
-"""When a completion ends, and which of its text may be shown: end tokens, stop strings, length, whole characters.
+"""When a completion ends, and which of its text may be shown: end tokens, stop strings, grammar, length, characters.
 
 Everything here is a pure function of the tokens in order, one by one: a resumed completion feeds the tokens that were
 delivered again and stands where it stood.
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from shared.grammar import Grammar
 from shared.stream_decoder import StreamDecoder
 
 
@@ -91,9 +92,19 @@ class Stopping:
     """One completion's end, token by token."""
 
     def __init__(
-        self, decoder: StreamDecoder, *, stop: Sequence[str], end_token_ids: Iterable[int], max_new_tokens: int
+        self,
+        decoder: StreamDecoder,
+        *,
+        stop: Sequence[str],
+        end_token_ids: Iterable[int],
+        max_new_tokens: int,
+        min_tokens: int = 0,
+        grammar: Grammar | None = None,
     ) -> None:
+        """Stand before the first token; stop strings in the text of the first `min_tokens` tokens are passed over."""
         self.decoder = decoder
+        self.grammar = grammar
+        self.num_unstoppable = min_tokens
         self.stop_strings = StopStrings(stop)
         self.end_token_ids = frozenset(end_token_ids)
         self.num_left = max_new_tokens
@@ -103,18 +114,27 @@ class Stopping:
         return Released("", ended=Ended("length") if self.num_left <= 0 else None)
 
     def push(self, token_id: int) -> Released:
-        """Take the token just drawn."""
+        """Take the token just drawn.
+
+        Raises:
+            GenerationError: the grammar became too complex to follow.
+        """
         if token_id in self.end_token_ids:
             text = self.flush()
             return Released(text, is_kept=False, ended=Ended("stop", self.stop_strings.found))
-        text = self.stop_strings.push(self.decoder.push(token_id))
+        text = self.decoder.push(token_id)
+        if self.num_unstoppable > 0:
+            self.num_unstoppable -= 1
+        else:
+            text = self.stop_strings.push(text)
         self.num_left -= 1
         if self.stop_strings.found is not None:
             return Released(text, ended=Ended("stop", self.stop_strings.found))
-        if self.num_left <= 0:
+        is_whole = self.grammar is not None and not self.grammar.push(token_id)
+        if is_whole or self.num_left <= 0:
             text += self.flush()
             found = self.stop_strings.found
-            return Released(text, ended=Ended("stop", found) if found else Ended("length"))
+            return Released(text, ended=Ended("stop", found) if found or is_whole else Ended("length"))
         return Released(text)
 
     def flush(self) -> str:

@@ -39,7 +39,8 @@ class JobRequest:
     logprobs: int | None = None
     """How many alternatives to report beside each token's own log-probability; None reports nothing."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What only the API reads again, for its answer: the prompt's text, warnings, the client's own parameters."""
+    """What the engine takes beside it (`ignore_eos`, `stop_token_ids`, `grammar`), and what only the API reads again,
+    for its answer: warnings, the client's own parameters."""
 
     @property
     def cost(self) -> int:

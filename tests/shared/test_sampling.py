@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from typing import Any
@@ -64,6 +65,12 @@ def test_draws_follow_transformers_distribution(params: SamplingParams) -> None:
     expected = transformers_distribution(logits_V, params, prompt)
     rows = [SamplingRow(SamplingParams(**{**as_dict(params), "seed": seed}), prompt, []) for seed in range(count)]
     drawn = np.bincount([token.token_id for token in sample(logits_V.expand(count, V), rows)], minlength=V)
+    check_chi_squared(drawn, expected)
+
+
+def check_chi_squared(drawn: NDArray[np.int64], expected: NDArray[np.float64]) -> None:
+    """The draws, counted by token, could well come from the distribution; nothing of probability 0 was drawn."""
+    count = drawn.sum()
     assert not drawn[expected == 0].any(), "a token was drawn that the filters remove"
     # Chi-squared over the tokens that are expected often enough, the rest as one; 99.99 % quantile by Wilson-Hilferty.
     often = expected * count >= 5
@@ -154,6 +161,64 @@ def test_penalties_by_hand() -> None:
     assert logits_BV.tolist() == [[2.0, -1.0, 3.0, pytest.approx(2.9), 0.0]], "the scores given are not changed"
 
 
+def test_bias_is_added_before_penalties_and_travels_as_json() -> None:
+    logits_BV = torch.tensor([[2.0, 1.0, 3.0]])
+
+    def greedy(completion: list[int], **values: Any) -> int:
+        params = SamplingParams(**{"temperature": 0.0, **json.loads(json.dumps(values))})
+        return sample(logits_BV, [SamplingRow(params, [], completion)])[0].token_id
+
+    assert greedy([], logit_bias={0: 1.5}) == 0
+    assert greedy([], logit_bias={2: -100}) == 0
+    assert greedy([], logit_bias={0: 0.9}) == 2
+    assert greedy([2], logit_bias={2: 3}, repetition_penalty=3.1) == 0, "6 / 3.1 < 2, as vLLM orders them"
+    with pytest.raises(GenerationError, match="logit_bias of token 3 is 101"):
+        SamplingParams(logit_bias={3: 101.0})
+    with pytest.raises(GenerationError, match="a token id of logit_bias is 40"):
+        SamplingParams(logit_bias={V: 1.0}).check_ids(V)
+
+
+def test_biased_draws_follow_the_biased_distribution() -> None:
+    logits_V, count, bias = scores(4)[0], 4_000, {3: 2.0, 7: -100.0, 9: 5.0}
+    biased_V = logits_V.clone()
+    for token_id, value in bias.items():
+        biased_V[token_id] += value
+    expected = transformers_distribution(biased_V, SamplingParams(temperature=0.8, top_p=0.9), [0])
+    rows = [
+        SamplingRow(SamplingParams(temperature=0.8, top_p=0.9, logit_bias=bias, seed=seed)) for seed in range(count)
+    ]
+    drawn = np.bincount([token.token_id for token in sample(logits_V.expand(count, V), rows)], minlength=V)
+    check_chi_squared(drawn, expected)
+
+
+def test_end_tokens_are_barred_until_min_tokens() -> None:
+    logits_BV = torch.tensor([[2.0, 1.0, 3.0]])
+    for params in (
+        SamplingParams(temperature=0.0, min_tokens=2),
+        SamplingParams(min_tokens=2, seed=3, logit_bias={2: 50}),
+    ):
+        drawn = [
+            sample(logits_BV, [SamplingRow(params, [], [1] * index, end_token_ids=(2,))])[0].token_id
+            for index in range(4)
+        ]
+        assert 2 not in drawn[:2] and drawn[2:] == [2, 2]
+
+
+def test_a_constraint_bars_what_it_does_not_allow() -> None:
+    class Odd:
+        def allowed(self) -> NDArray[np.bool_]:
+            return np.resize([False, True], 20)
+
+    logits_V, count = scores(5)[0], 3_000
+    expected = logits_V.double().softmax(-1).numpy()
+    expected[::2] = expected[20:] = 0.0
+    rows = [SamplingRow(SamplingParams(seed=seed), constraint=Odd()) for seed in range(count)]
+    drawn = np.bincount([token.token_id for token in sample(logits_V.expand(count, V), rows)], minlength=V)
+    check_chi_squared(drawn, expected / expected.sum())
+    greedy = SamplingRow(SamplingParams(temperature=0.0), constraint=Odd())
+    assert sample(logits_V.unsqueeze(0), [greedy])[0].token_id == int(expected.argmax())
+
+
 def test_a_row_gives_the_same_token_in_any_batch() -> None:
     draw = random.Random(0)
     size = 3_000
@@ -215,8 +280,9 @@ def test_an_empty_batch_gives_nothing() -> None:
 
 
 def test_scores_that_are_not_numbers_say_so() -> None:
-    with pytest.raises(WeightsError, match="not numbers"):
-        sample(torch.full((1, V), math.nan), [SamplingRow(SamplingParams())])
+    for params in (SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(temperature=0.0, min_tokens=1)):
+        with pytest.raises(WeightsError, match="not numbers"):
+            sample(torch.full((1, V), math.nan), [SamplingRow(params)])
 
 
 @pytest.mark.parametrize(
@@ -235,6 +301,7 @@ def test_scores_that_are_not_numbers_say_so() -> None:
         ("repetition_penalty", math.inf),
         ("presence_penalty", 2.1),
         ("frequency_penalty", math.nan),
+        ("min_tokens", -1),
         ("seed", -1),
         ("seed", 2**64),
     ],

@@ -1,0 +1,115 @@
+"""What a completion may be: a JSON schema or a regular expression, as a mask over the next token.
+
+llguidance (MIT) keeps the parser and computes the mask, in tens of microseconds. Its state is a function of the tokens
+in order: a resumed completion pushes what was delivered and stands where it stood. A grammar travels as llguidance's
+own JSON text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import GenerationError
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+    from shared.tokenizer import Tokenizer
+
+WHITESPACE = r"( |\n {0,16})?"
+"""Between the parts of JSON: nothing, a space, or a line break and its indent. A small model allowed more would
+sometimes never stop writing blanks."""
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """Return the grammar of the JSON texts that a schema allows; not yet checked."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_json_schema(
+        json.dumps(schema), overrides={"whitespace_pattern": WHITESPACE, "whitespace_flexible": True, "lenient": False}
+    )
+
+
+def regex_grammar(pattern: str) -> str:
+    """Return the grammar of the texts that a regular expression matches as a whole; not yet checked."""
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_regex(pattern)
+
+
+def check_grammar(source: str, tokenizer: Tokenizer) -> None:
+    """Refuse what cannot be enforced.
+
+    Raises:
+        GenerationError: what is wrong with it, or which keyword is not known.
+    """
+    from llguidance import LLMatcher
+
+    is_wrong, messages = LLMatcher.validate_grammar_with_warnings(source, tokenizer.vocabulary)
+    if is_wrong:
+        raise GenerationError(f"it cannot be enforced: {summary(messages[0])}")
+    matcher = LLMatcher(tokenizer.vocabulary, source, log_level=0)
+    if matcher.is_error() or not np.frombuffer(matcher.compute_bitmask(), np.uint8).any():
+        raise GenerationError(f"it cannot be enforced: {summary(matcher.get_error()) or 'no text satisfies it'}")
+
+
+def summary(message: str) -> str:
+    """Return an error's own words: the library appends its state to some, and points with several lines to others."""
+    lines = [line.strip() for line in message.split("<state>", maxsplit=1)[0].splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line.strip("^ ") and not line.startswith("1 |")))[:300]
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> LLTokenizer:
+    """Build llguidance's table of the vocabulary: a quarter of a second, once for each tokenizer."""
+    from llguidance import LLTokenizer
+
+    return LLTokenizer(tokenizer.backend.to_str(), n_vocab=tokenizer.vocab_size, eos_token=tokenizer.end_of_text_id)
+
+
+class Grammar:
+    """One completion's place in its grammar. Implements `shared.sampling.Constraint`."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer, *, end_token_ids: Iterable[int]) -> None:
+        """Stand before the first token; `end_token_ids` may come wherever the text is complete, and only there.
+
+        Raises:
+            GenerationError: the grammar is wrong; `check_grammar` would have said so.
+        """
+        from llguidance import LLMatcher, LLParserLimits
+
+        self.end_of_text_id = tokenizer.end_of_text_id
+        self.end_token_ids = np.fromiter((token for token in end_token_ids if token < tokenizer.vocab_size), np.int64)
+        self.matcher = LLMatcher(tokenizer.vocabulary, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        self.mask: NDArray[np.bool_] | None = None
+        self.check()
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return which ids may come next, by id."""
+        if self.mask is None:
+            bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+            self.check()
+            self.mask = np.unpackbits(bits, bitorder="little").view(np.bool_)
+            self.mask[self.end_of_text_id] = False
+            self.mask[self.end_token_ids] = self.matcher.is_accepting()
+        return self.mask
+
+    def push(self, token_id: int) -> bool:
+        """Take the token drawn; False when nothing can follow it."""
+        self.mask = None
+        self.matcher.consume_token(token_id)
+        self.check()
+        return not self.matcher.is_stopped()
+
+    def forced(self) -> Sequence[int]:
+        """Return the tokens that will most likely come next because the text leaves no choice."""
+        return self.matcher.compute_ff_tokens()
+
+    def check(self) -> None:
+        if self.matcher.is_error():
+            raise GenerationError(f"the grammar cannot be followed: {summary(self.matcher.get_error())}")
