@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][-1]).upper()
-        name = name if name.startswith(("API_", "UI_", "SMOLLM_")) else f"SMOLLM_{name}"
+        name = name if name.startswith(("API_", "OTEL_", "SMOLLM_")) else f"SMOLLM_{name}"
         print(f"The setting {name} is {first['input']!r}: {first['msg']}.", file=sys.stderr)
         return 2
     if options.command == "health":

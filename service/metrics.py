@@ -6,17 +6,39 @@ model takes between a quarter of a millisecond and minutes, so the buckets begin
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass, field
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from service.queue.job import JobRecord
+from service.queue.job import Chunk, JobRecord, JobRequest, ModelStatistics, WorkerInfo
 
 SECONDS: Final = (
     *(0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06),
     *(0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0),
 )
 TOKENS: Final = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(slots=True)
+class StopWatch:
+    """When one job's tokens passed this process, by `time.perf_counter`."""
+
+    started_s: float = field(default_factory=time.perf_counter)
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    num_later_tokens: int = 0
+    """Tokens that came behind the first chunk."""
+
+    def note(self, chunk: Chunk) -> None:
+        if not chunk.token_ids:
+            return
+        self.last_token_s = time.perf_counter()
+        if self.first_token_s is None:
+            self.first_token_s = self.last_token_s
+        else:
+            self.num_later_tokens += len(chunk.token_ids)
 
 
 class ApiMetrics:
@@ -43,6 +65,21 @@ class ApiMetrics:
         self.prompt_length = Histogram(
             "api_prompt_length_tokens", "Tokens per prompt", ("model",), buckets=TOKENS, registry=registry
         )
+        self.key_jobs = Counter(
+            "api_key_jobs", "Jobs by whose they were: a key's id, never the key", ("key", "state"), registry=registry
+        )
+        self.key_prompt_tokens = Counter(
+            "api_key_prompt_tokens", "Tokens of their admitted prompts", ("key",), registry=registry
+        )
+        self.key_completion_tokens = Counter(
+            "api_key_completion_tokens", "Tokens of their completions", ("key",), registry=registry
+        )
+        self.key_refusals = Counter(
+            "api_key_refusals", "A key's requests refused, by error code", ("key", "code"), registry=registry
+        )
+        self.redeliveries = Counter(
+            "api_redeliveries", "Times that a worker took a job another had before", ("model",), registry=registry
+        )
         self.queue_seconds = self._phase("api_queue_seconds", "Admission until a worker took the job")
         self.prefill_seconds = self._phase("api_prefill_seconds", "The worker's work on the prompt")
         self.first_token_seconds = self._phase("api_first_token_seconds", "Admission to first token")
@@ -56,24 +93,57 @@ class ApiMetrics:
         self.running_jobs = Gauge("queue_running_jobs", "Jobs that workers hold", ("model",), registry=registry)
         self.running_tokens = Gauge("queue_running_tokens", "Their cost in tokens", ("model",), registry=registry)
         self.workers = Gauge("queue_workers", "Live workers that take its jobs", ("model",), registry=registry)
+        self.slots = Gauge("queue_slots", "Sequences that live workers can decode at a time", registry=registry)
+        self.free_slots = Gauge("queue_free_slots", "Of them those that are free", registry=registry)
+        self.cached_tokens = Gauge(
+            "queue_cached_tokens", "Tokens whose keys and values workers hold", registry=registry
+        )
+        self.max_cached_tokens = Gauge("queue_max_cached_tokens", "Most tokens that they may hold", registry=registry)
 
-    def count_end(self, job: JobRecord) -> None:
-        """Count a job whose end this process saw, and how long each of its phases took."""
+    def describe_queues(self, statistics: dict[str, ModelStatistics], workers: list[WorkerInfo]) -> None:
+        """Set the gauges of Redis' side, those of models that are gone with nothing."""
+        for gauge in (self.queued_jobs, self.queued_tokens, self.running_jobs, self.running_tokens, self.workers):
+            gauge.clear()
+        for model, one in statistics.items():
+            self.queued_jobs.labels(model).set(one.queued)
+            self.queued_tokens.labels(model).set(one.queued_cost)
+            self.running_jobs.labels(model).set(one.running)
+            self.running_tokens.labels(model).set(one.running_cost)
+            self.workers.labels(model).set(one.workers)
+        self.slots.set(sum(worker.slots for worker in workers))
+        self.free_slots.set(sum(worker.free for worker in workers))
+        self.cached_tokens.set(sum(worker.details.get("cached_tokens", 0) for worker in workers))
+        self.max_cached_tokens.set(sum(worker.details.get("max_cached_tokens", 0) for worker in workers))
+
+    def count_admission(self, job: JobRequest, key: str) -> None:
+        num_tokens = len(job.prompt_ids)
+        self.prompt_tokens.labels(job.model).inc(num_tokens)
+        self.prompt_length.labels(job.model).observe(num_tokens)
+        self.key_prompt_tokens.labels(key).inc(num_tokens)
+
+    def count_end(self, job: JobRecord, watch: StopWatch) -> None:
+        """Count a job whose end this process saw, and how long each of its phases took.
+
+        What the client waits for is measured here, by this process's clock; the wait in the queue by Redis' clock, in
+        whole milliseconds; the prefill by the worker's.
+        """
         model, num_tokens = job.request.model, len(job.completion.token_ids)
+        self.key_jobs.labels(job.key, job.state.value).inc()
+        self.key_completion_tokens.labels(job.key).inc(num_tokens)
+        if job.attempt > 1:
+            self.redeliveries.labels(model).inc(job.attempt - 1)
         self.jobs.labels(model, job.state.value).inc()
         self.completion_tokens.labels(model).inc(num_tokens)
-        for phase, start_ms, end_ms in (
-            (self.queue_seconds, job.created_ms, job.started_ms),
-            (self.first_token_seconds, job.created_ms, job.first_token_ms),
-            (self.job_seconds, job.created_ms, job.finished_ms),
-        ):
-            if end_ms is not None:
-                phase.labels(model).observe(max(0, end_ms - start_ms) / 1000)
+        if job.started_ms is not None:
+            self.queue_seconds.labels(model).observe(max(0, job.started_ms - job.created_ms) / 1000)
         if job.prefill_ms is not None:
             self.prefill_seconds.labels(model).observe(job.prefill_ms / 1000)
-        if job.first_token_ms is not None and job.finished_ms is not None and num_tokens > 1:
-            decode_s = max(0, job.finished_ms - job.first_token_ms) / 1000
-            self.between_tokens_seconds.labels(model).observe(decode_s / (num_tokens - 1))
+        if watch.first_token_s is not None and watch.last_token_s is not None:
+            self.first_token_seconds.labels(model).observe(watch.first_token_s - watch.started_s)
+            if watch.num_later_tokens > 0:
+                decode_s = watch.last_token_s - watch.first_token_s
+                self.between_tokens_seconds.labels(model).observe(decode_s / watch.num_later_tokens)
+        self.job_seconds.labels(model).observe(time.perf_counter() - watch.started_s)
 
     def _phase(self, name: str, documentation: str) -> Histogram:
         return Histogram(name, documentation, ("model",), buckets=SECONDS, registry=self.registry)
@@ -97,4 +167,25 @@ class WorkerMetrics:
         self.running = Gauge("worker_running_sequences", "Sequences that hold a slot", model, registry=registry)
         self.waiting = Gauge("worker_waiting_sequences", "Sequences that wait for room", model, registry=registry)
         self.cached_bytes = Gauge("worker_cached_bytes", "Memory of live keys and values", model, registry=registry)
+        self.cached_tokens = Gauge("worker_cached_tokens", "Tokens of live keys and values", model, registry=registry)
+        self.free_slots = Gauge("worker_free_slots", "Sequences it could take at once", model, registry=registry)
+        self.first_token_seconds = Histogram(
+            "worker_first_token_seconds", "A job taken until its first token", model, buckets=SECONDS, registry=registry
+        )
+        self.between_tokens_seconds = Histogram(
+            "worker_between_tokens_seconds",
+            "Time between two tokens of a job",
+            model,
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.job_seconds = Histogram(
+            "worker_job_seconds", "A job taken until it left this worker", model, buckets=SECONDS, registry=registry
+        )
+        self.redeliveries = Counter(
+            "worker_redeliveries", "Jobs taken that another worker had before", model, registry=registry
+        )
+        self.refused_writes = Counter(
+            "worker_refused_writes", "Writes that Redis refused: fenced, cancel, gap", ("verdict",), registry=registry
+        )
         self.redis_up = Gauge("worker_redis_up", "1 while Redis answers", registry=registry)

@@ -54,6 +54,7 @@ class Publisher:
         self.flush_s = 0.0
         """How long the last delivery took."""
         self._lost: set[str] = set()
+        self._refused: list[Verdict] = []
 
     def add(self, job: LeasedJob, output: Output) -> None:
         """Note what a step brought a job."""
@@ -100,6 +101,11 @@ class Publisher:
         lost, self._lost = self._lost, set()
         return lost
 
+    def take_refused(self) -> list[Verdict]:
+        """Return why Redis refused writes since the last call."""
+        refused, self._refused = self._refused, []
+        return refused
+
     def _deliver(self) -> None:
         unheard: list[LeasedJob] = []
         writes = [
@@ -110,6 +116,7 @@ class Publisher:
         for (job, _), (verdict, _) in zip(writes, self.queue.append(writes), strict=True):
             del self.pending[job.id]
             if verdict is not Verdict.OK:
+                self._refused.append(verdict)
                 self._lost.add(job.id)
             if verdict is Verdict.GAP:
                 unheard.append(job)
@@ -119,6 +126,8 @@ class Publisher:
         )
         for pending, verdict in zip(endings, verdicts, strict=True):
             del self.pending[pending.job.id]
+            if verdict is not Verdict.OK:
+                self._refused.append(verdict)
             if verdict is Verdict.GAP:
                 unheard.append(pending.job)
         # Redis lost tokens that this process does not have either: the next attempt goes on from what is there.

@@ -59,6 +59,11 @@ class Settings(BaseSettings):
 
     # What is told
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON")
+    otlp_endpoint: str | None = Field(
+        None,
+        description="where spans go, as http://collector:4318; needs the extra `tracing`; empty: nowhere",
+        validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+    )
     log_prompts: bool = Field(False, description="write prompts and completions to the log")
 
     @field_validator("api_keys", mode="before")

@@ -25,11 +25,13 @@ from service.engine.sequence import Output, Sequence
 from service.errors import NotReady
 from service.heartbeat import Heartbeat
 from service.metrics import WorkerMetrics
+from service.observer import Observer
 from service.publishing import Publisher
 from service.queue.connection import blocking_redis, check_server
 from service.queue.job import LeasedJob, QueueLimits, WorkerInfo
 from service.queue.worker_queue import WorkerQueue
 from service.settings import Settings
+from service.tracing import Tracer, open_tracer
 from shared.device import choose_device, choose_dtype, choose_num_threads
 from shared.errors import ConfigError, SmolLMError
 from shared.sampling import SamplingParams
@@ -54,12 +56,21 @@ class Running:
 class Worker:
     """One process' loop. `run` returns when `stop` was called and everything was handed over."""
 
-    def __init__(self, queue: WorkerQueue, hosts: Hosts, metrics: WorkerMetrics, *, shutdown_grace_s: float) -> None:
+    def __init__(
+        self,
+        queue: WorkerQueue,
+        hosts: Hosts,
+        metrics: WorkerMetrics,
+        *,
+        shutdown_grace_s: float,
+        tracer: Tracer | None = None,
+    ) -> None:
         self.queue = queue
         self.hosts = hosts
         self.metrics = metrics
         self.shutdown_grace_s = shutdown_grace_s
         self.running: dict[str, Running] = {}
+        self.observer = Observer(metrics, tracer or Tracer("worker"))
         self.publisher = Publisher(queue)
         self.heartbeat = Heartbeat(
             queue, lease_s=queue.limits.lease_ms / 1000, jobs=self.leased_jobs, describe=self.describe
@@ -133,6 +144,7 @@ class Worker:
         if job.id in self.running:  # this worker itself lost it for a moment
             self.forget(job.id, "lost")
         self.running[job.id] = Running(job, host)
+        self.observer.took(job, host.name)
         request = job.request
         try:
             host.engine.add(
@@ -179,7 +191,7 @@ class Worker:
                 self.fail(running.job.id, f"The model {host.name!r} failed: {error}.")
             return
         for output in outputs:
-            self.accept(output, host)
+            self.accept(output)
         statistics, metrics = host.engine.statistics, self.metrics
         metrics.step_seconds.labels(host.name).observe(time.monotonic() - started_s)
         metrics.completion_tokens.labels(host.name).inc(statistics.num_drawn_tokens - drawn)
@@ -187,13 +199,16 @@ class Worker:
         metrics.running.labels(host.name).set(statistics.num_running)
         metrics.waiting.labels(host.name).set(statistics.num_waiting)
         metrics.cached_bytes.labels(host.name).set(statistics.cached_bytes)
+        metrics.cached_tokens.labels(host.name).set(statistics.cached_tokens)
+        metrics.free_slots.labels(host.name).set(host.engine.free_slots)
 
-    def accept(self, output: Output, host: Host) -> None:
+    def accept(self, output: Output) -> None:
         """Note what a step brought one job."""
         self.publisher.add(self.running[output.sequence_id].job, output)
+        self.observer.drew(output)
         if output.finish_reason is not None:
             del self.running[output.sequence_id]
-            self.metrics.jobs.labels(host.name, output.finish_reason).inc()
+            self.observer.left(output.sequence_id, output.finish_reason)
 
     def deliver(self) -> None:
         """Write what is due to Redis; drop the jobs it no longer wants."""
@@ -203,6 +218,8 @@ class Worker:
             for job_id in self.publisher.flush():
                 self.forget(job_id, "lost")
             self.metrics.publish_seconds.observe(self.publisher.flush_s)
+            for verdict in self.publisher.take_refused():
+                self.metrics.refused_writes.labels(verdict.value).inc()
         except NotReady as error:
             self.heartbeat.lost_connection(error)
 
@@ -212,13 +229,13 @@ class Worker:
         running = self.running.pop(job_id, None)
         if running is not None:
             running.host.engine.cancel(job_id)
-            self.metrics.jobs.labels(running.host.name, why).inc()
+            self.observer.left(job_id, why)
 
     def fail(self, job_id: str, sentence: str) -> None:
         """End a job with an error for its client."""
         running = self.running.pop(job_id)
         self.publisher.fail(running.job, sentence)
-        self.metrics.jobs.labels(running.host.name, "error").inc()
+        self.observer.left(job_id, "error")
 
     def rest(self) -> None:
         """Nothing to compute: sleep until a job may be waiting."""
@@ -291,7 +308,12 @@ class Worker:
             device=str(engines[0].model.device) if engines else "",
             dtype=str(engines[0].cache.numbers_L2RKPE.dtype).removeprefix("torch.") if engines else "",
             draining=self.is_stopping,
-            details={"threads": torch.get_num_threads(), "torch": torch.__version__},
+            details={
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "cached_tokens": sum(engine.totals.cached_tokens for engine in engines),
+                "max_cached_tokens": sum(engine.cache.max_cached_tokens for engine in engines),
+            },
         )
 
 
@@ -308,6 +330,7 @@ def run_worker(settings: Settings) -> None:
     log.info("device %s: %s; dtype %s: %s", device.value, device.reason, dtype.value, dtype.reason)
     log.info("%d threads: %s", threads.value, threads.reason)
     client = blocking_redis(settings.redis_url.get_secret_value())
+    tracer = open_tracer("worker", settings.otlp_endpoint)
     limits = QueueLimits(
         max_queued_jobs=settings.max_queued_jobs,
         max_queued_tokens=settings.max_queued_tokens,
@@ -327,6 +350,7 @@ def run_worker(settings: Settings) -> None:
         Hosts(settings.models_dir, load, poll_s=settings.model_poll_s),
         WorkerMetrics(),
         shutdown_grace_s=settings.shutdown_grace_s,
+        tracer=tracer,
     )
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -340,6 +364,7 @@ def run_worker(settings: Settings) -> None:
     if wait_for_redis(worker, client):
         worker.run()
     client.close()
+    tracer.close()
 
 
 def wait_for_redis(worker: Worker, client: redis.Redis) -> bool:

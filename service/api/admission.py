@@ -25,6 +25,7 @@ from service.api.schemas import GenerateRequest, Sampling
 from service.api.state import ApiState, state_of
 from service.api_keys import PRIORITIES
 from service.errors import InvalidValue, NotReady
+from service.metrics import StopWatch
 from service.queue.job import Admission, JobRequest
 
 LONG_TEXT = 20_000
@@ -42,6 +43,7 @@ class Accepted:
     model: Model
     prompt: str | Sequence[int]
     caller: Caller
+    watch: StopWatch
 
     @property
     def outlives_its_client(self) -> bool:
@@ -142,8 +144,8 @@ async def admit(
         raise
     state.metrics.admission_seconds.observe(time.perf_counter() - started)
     for job in requests:
-        state.metrics.prompt_tokens.labels(model.name).inc(len(job.prompt_ids))
-        state.metrics.prompt_length.labels(model.name).observe(len(job.prompt_ids))
+        state.metrics.count_admission(job, caller.key)
+    caller.note_job(admissions[0].id)
     return [
         Accepted(
             id=admission.id,
@@ -151,6 +153,7 @@ async def admit(
             model=model,
             prompt=prompts[place // num_choices],
             caller=caller,
+            watch=StopWatch(started),
         )
         for place, admission in enumerate(admissions)
     ]

@@ -15,6 +15,7 @@ from service.api.documentation import install_documentation
 from service.api.errors import install_error_handlers
 from service.api.state import ApiState
 from service.settings import Settings
+from service.tracing import Tracer
 
 DESCRIPTION = """\
 Language models trained here, served through a bounded queue. Begin with `POST /generate`, or point any OpenAI client
@@ -25,12 +26,12 @@ ALLOWED_HEADERS = ("authorization", "content-type", "idempotency-key", "last-eve
 EXPOSED_HEADERS = ("location", "retry-after", "retry-after-ms", "x-job-id", "x-request-id")
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, *, tracer: Tracer | None = None) -> FastAPI:
     """Return the app; connections open when it starts and close when it ends."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.api = state = ApiState(settings)
+        app.state.api = state = ApiState(settings, tracer=tracer)
         await state.open()
         try:
             yield

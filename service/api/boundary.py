@@ -7,6 +7,7 @@ import logging
 import re
 import secrets
 import time
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +16,10 @@ from service.api.errors import response_of
 from service.api.state import ApiState
 from service.api.wire import MAX_HEADER_BYTES
 from service.errors import BodyTooLarge, HeadersTooLarge, InternalError, RequestError, SlowRequest
+from service.tracing import new_traceparent, read_traceparent, trace_id_of, traceparent_of
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 log = logging.getLogger("service.api")
 
@@ -41,6 +46,7 @@ class Boundary:
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
+        span = self.open_trace(scope, headers)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -66,6 +72,21 @@ class Boundary:
             await response_of(error)(scope, receive, send_with_id)
         finally:
             self.count(scope, status, time.perf_counter() - started)
+            if span is not None:
+                span.update_name(f"{scope['method']} {route_of(scope)}")
+                span.set_attributes({"http.route": route_of(scope), "http.response.status_code": status})
+                span.end()
+
+    def open_trace(self, scope: Scope, headers: Headers) -> Span | None:
+        """Note the request's traceparent; return its span where spans are written."""
+        state: ApiState = scope["app"].state.api
+        trace = read_traceparent(headers.get("traceparent", ""))
+        span = None
+        if state.tracer.is_on and scope["path"] not in PROBES:
+            attributes = {"http.request.method": scope["method"], "http.request.id": scope["state"]["request_id"]}
+            span = state.tracer.begin(scope["method"], parent=trace, attributes=attributes)
+        scope["state"]["trace"] = traceparent_of(span) if span is not None else trace or new_traceparent()
+        return span
 
     def refusal_of(self, scope: Scope, headers: Headers) -> RequestError | None:
         """What can be refused by the headers alone."""
@@ -109,8 +130,11 @@ class Boundary:
         state.metrics.requests.labels(route, method if route else "", status).inc()
         state.metrics.request_seconds.labels(route).observe(elapsed_s)
         refusal = scope["state"].get("refusal")
+        told = scope["state"]
         if refusal is not None:
             state.metrics.refusals.labels(refusal).inc()
+            if "key" in told:
+                state.metrics.key_refusals.labels(told["key"], refusal).inc()
         level = logging.DEBUG if route in PROBES else logging.INFO
         if log.isEnabledFor(level):
             log.log(
@@ -121,7 +145,12 @@ class Boundary:
                 status,
                 elapsed_s * 1000,
                 f" {refusal}" if refusal else "",
-                extra={"request_id": scope["state"]["request_id"]},
+                extra={
+                    "request_id": told["request_id"],
+                    "trace": trace_id_of(told["trace"]),
+                    "job": told.get("job"),
+                    "key": told.get("key"),
+                },
             )
 
 

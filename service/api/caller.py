@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
+from starlette.datastructures import State
 
 from service.api.state import state_of
 from service.api_keys import ANYBODY, ApiKey, find_key
@@ -14,8 +14,6 @@ from service.errors import InvalidApiKey, InvalidValue
 
 MAX_IDEMPOTENCY_KEY = 255
 MAX_CURSOR_DIGITS = 12
-TRACE_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-"""W3C Trace Context, version 00; anything else is no trace and is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +23,8 @@ class Caller:
     api_key: ApiKey
     """Whose jobs these are, and what they may cost."""
     idempotency_key: str | None
-    trace: str | None
+    state: State
+    """The request's own, which `Boundary` logs."""
     wants_stream: bool
     wants_async: bool
 
@@ -33,6 +32,15 @@ class Caller:
     def key(self) -> str:
         """Whose jobs these are: the beginning of the key's hash, "" where none is asked for."""
         return self.api_key.id
+
+    @property
+    def trace(self) -> str:
+        """The traceparent that the request's jobs carry."""
+        trace: str = self.state.trace
+        return trace
+
+    def note_job(self, job_id: str) -> None:
+        self.state.job = job_id
 
 
 async def identify(request: Request) -> Caller:
@@ -51,12 +59,11 @@ async def identify(request: Request) -> Caller:
         raise InvalidValue(
             f"Idempotency-Key must be 1 to {MAX_IDEMPOTENCY_KEY} printable ASCII characters.", param="Idempotency-Key"
         )
-    trace = headers.get("traceparent", "")
     preferences = {part.strip().partition(";")[0].lower() for part in headers.get("prefer", "").split(",")}
     return Caller(
         api_key=api_key,
         idempotency_key=idempotency_key,
-        trace=trace if TRACE_PARENT.fullmatch(trace) else None,
+        state=request.state,
         wants_stream="text/event-stream" in headers.get("accept", "").lower(),
         wants_async="respond-async" in preferences,
     )

@@ -28,7 +28,7 @@ async def wait_for(request: Request, state: ApiState, jobs: Sequence[Accepted]) 
     """Return the jobs once all ended; a response for nobody when the client left before, its jobs cancelled."""
 
     async def wait_for_all() -> list[JobRecord]:
-        return list(await asyncio.gather(*(state.streams.wait(job.id) for job in jobs)))
+        return list(await asyncio.gather(*(wait_for_one(state, job) for job in jobs)))
 
     try:
         records = await unless_gone(request.receive, wait_for_all())
@@ -36,9 +36,19 @@ async def wait_for(request: Request, state: ApiState, jobs: Sequence[Accepted]) 
         state.metrics.disconnects.inc()
         await cancel(state, jobs)
         return Response(status_code=NOBODY)
-    for record in records:
-        state.note_end(record)
+    for job, record in zip(jobs, records, strict=True):
+        state.note_end(record, job.watch)
     return records
+
+
+async def wait_for_one(state: ApiState, job: Accepted) -> JobRecord:
+    async with contextlib.aclosing(state.streams.follow(job.id)) as events:
+        async for event in events:
+            if isinstance(event, Chunk):
+                job.watch.note(event)
+            elif isinstance(event, Ended):
+                return event.record
+    raise AssertionError("a stream ends with Ended or raises")
 
 
 async def cancel(state: ApiState, jobs: Sequence[Accepted]) -> None:
@@ -68,9 +78,11 @@ async def follow_all(state: ApiState, jobs: Sequence[Accepted]) -> AsyncGenerato
             place, event = await arrived.get()
             if isinstance(event, BaseException):
                 raise event
-            if isinstance(event, Ended):
+            if isinstance(event, Chunk):
+                jobs[place].watch.note(event)
+            elif isinstance(event, Ended):
                 open_jobs -= 1
-                state.note_end(event.record)
+                state.note_end(event.record, jobs[place].watch)
             yield place, event
     finally:
         for task in tasks:

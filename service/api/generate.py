@@ -20,6 +20,7 @@ from service.api.models import Model
 from service.api.schemas import GenerateAnswer, GenerateRequest
 from service.api.state import ApiState, state_of
 from service.errors import NotFound
+from service.metrics import StopWatch
 from service.queue.job import Admission, Chunk, QueuedEvent
 
 router = APIRouter(tags=["generate"])
@@ -53,7 +54,7 @@ async def generate(
         return JsonResponse(describe(record, job.model), 202, headers)
     if body.stream or job.caller.wants_stream:
         return EventStream(
-            stream_job(state, job.id, job.model, admission=job.admission, counts=True),
+            stream_job(state, job.id, job.model, admission=job.admission, watch=job.watch),
             metrics=state.metrics,
             on_gone=lambda: cancel(state, [job]),
             headers=headers | {"location": f"/jobs/{job.id}"},
@@ -74,9 +75,12 @@ async def stream_job(
     *,
     after: int = 0,
     admission: Admission | None = None,
-    counts: bool = False,
+    watch: StopWatch | None = None,
 ) -> AsyncGenerator[bytes]:
-    """Yield a job's events behind index `after`; of a job just admitted, its place in the queue first."""
+    """Yield a job's events behind index `after`; of a job just admitted, its place in the queue first.
+
+    With a watch the job's end is counted: once, by the process that admitted it.
+    """
     place = None
     if admission is not None:
         place = QueuedEvent(position=admission.position, eta_s=admission.eta_s)
@@ -84,14 +88,16 @@ async def stream_job(
     async with contextlib.aclosing(state.streams.follow(job_id, after=after)) as followed:
         async for one in followed:
             if isinstance(one, Chunk):
+                if watch is not None:
+                    watch.note(one)
                 yield event(describe_chunk(one, model), name="token", id=one.cursor)
             elif isinstance(one, QueuedEvent):
                 if place is None or one.position != place.position:
                     place = one
                     yield queued_event(job_id, one)
             else:
-                if counts:
-                    state.note_end(one.record)
+                if watch is not None:
+                    state.note_end(one.record, watch)
                 failure = failure_of(one.record)
                 yield event(describe(one.record, model), name="done") if failure is None else error_event(failure)
 

@@ -18,6 +18,7 @@ from service.api_keys import KeyRing
 from service.errors import NotReady
 from service.queue.connection import blocking_redis, check_server
 from service.settings import Settings
+from service.tracing import open_tracer
 from shared.errors import ConfigError
 
 log = logging.getLogger("service.api")
@@ -50,7 +51,7 @@ def run_api(settings: Settings) -> None:
         )
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(settings),
+            create_app(settings, tracer=open_tracer("api", settings.otlp_endpoint)),
             http=BoundedHttp,
             access_log=False,
             log_config=None,

@@ -13,12 +13,13 @@ from fastapi import Request
 from service.api.models import Models
 from service.api_keys import KeyRing
 from service.errors import NotReady
-from service.metrics import ApiMetrics
+from service.metrics import ApiMetrics, StopWatch
 from service.queue.connection import async_redis
 from service.queue.job import JobRecord, QueueLimits
 from service.queue.job_queue import JITTER, JobQueue
 from service.queue.streams import TokenStreams
 from service.settings import Settings
+from service.tracing import Tracer, open_tracer, trace_id_of
 
 log = logging.getLogger("service.api")
 
@@ -32,7 +33,8 @@ OUTAGE_CODE = "redis_unavailable"
 class ApiState:
     """Opened when the app starts, closed when it ends; lives in one event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, tracer: Tracer | None = None) -> None:
+        """Raises `ConfigError` for keys or an exporter that cannot be."""
         self.settings = settings
         self.key_ring = KeyRing(settings.api_keys, settings.api_keys_file)
         self.limits = QueueLimits(
@@ -47,6 +49,7 @@ class ApiState:
         self.streams = TokenStreams(self.client)
         self.models = Models(settings.models_dir, preferred=settings.default_model)
         self.metrics = ApiMetrics()
+        self.tracer = tracer or open_tracer("api", settings.otlp_endpoint)
         self.redis = RedisWatch(self.queue, self.metrics)
         self.started_at = time.time()
         self._tasks: list[asyncio.Task[None]] = []
@@ -68,11 +71,20 @@ class ApiState:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.streams.aclose()
         await self.client.aclose()
+        await asyncio.to_thread(self.tracer.close)
 
-    def note_end(self, job: JobRecord) -> None:
+    def note_end(self, job: JobRecord, watch: StopWatch) -> None:
         """Count and log a job whose end this process saw. What was said stays out of the log unless asked for."""
-        self.metrics.count_end(job)
-        extra = {"job": job.id, "model": job.request.model, "trace": job.trace}
+        self.metrics.count_end(job, watch)
+        if self.tracer.is_on and job.started_ms is not None:
+            self.tracer.record(
+                "queue",
+                parent=job.trace,
+                start_ns=job.created_ms * 1_000_000,
+                end_ns=job.started_ms * 1_000_000,
+                attributes={"job.id": job.id, "job.priority": job.priority},
+            )
+        extra = {"job": job.id, "model": job.request.model, "trace": trace_id_of(job.trace), "key": job.key}
         num_tokens, seconds = len(job.completion.token_ids), ((job.finished_ms or 0) - job.created_ms) / 1000
         log.info("job %s %s: %d tokens in %.3f s", job.id, job.state.value, num_tokens, seconds, extra=extra)
         if self.settings.log_prompts:

@@ -94,26 +94,11 @@ async def metrics(request: Request) -> Response:
 
 async def count_queues(state: ApiState) -> None:
     """Set the gauges of Redis' side; while it is away they are left out rather than old."""
-    gauges = state.metrics
-    for gauge in (
-        gauges.queued_jobs,
-        gauges.queued_tokens,
-        gauges.running_jobs,
-        gauges.running_tokens,
-        gauges.workers,
-    ):
-        gauge.clear()
     try:
         state.redis.require()
-        statistics = await state.queue.statistics()
+        state.metrics.describe_queues(await state.queue.statistics(), await state.queue.workers())
     except NotReady:
-        return
-    for model, one in statistics.items():
-        gauges.queued_jobs.labels(model).set(one.queued)
-        gauges.queued_tokens.labels(model).set(one.queued_cost)
-        gauges.running_jobs.labels(model).set(one.running)
-        gauges.running_tokens.labels(model).set(one.running_cost)
-        gauges.workers.labels(model).set(one.workers)
+        state.metrics.describe_queues({}, [])
 
 
 def versions() -> dict[str, str]:

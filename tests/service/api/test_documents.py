@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import httpx2
 import pytest
 
 from service.api.schemas import GenerateRequest
+from service.metrics import ApiMetrics, WorkerMetrics
 from tests.service.api.stack import Api, client_of
 
 ROOT = Path(__file__).parents[3]
@@ -53,3 +55,16 @@ def test_the_answer_shown_is_the_answer_given(whole_api: Api) -> None:
     assert set(re.findall(r'"([a-z_]+)":', shown[1])) == set(answer.json()) | set(answer.json()["usage"]) | set(
         answer.json()["timings"]
     ) | {"max_new_tokens"}
+
+
+def test_the_dashboard_and_the_guide_name_metrics_that_there_are() -> None:
+    known = {
+        metric.name + ("_total" if metric.type == "counter" else "")
+        for metrics in (ApiMetrics(), WorkerMetrics())
+        for metric in metrics.registry.collect()
+    }
+    guide = (ROOT / "docs/operations.md").read_text()
+    assert set(re.findall(r"^\| `((?:api|queue|worker)_\w+)` \|", guide, re.MULTILINE)) == known
+    dashboard = json.loads((ROOT / "docs/grafana.json").read_text())
+    queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    assert {name.removesuffix("_bucket") for name in re.findall(r"\b(?:api|queue|worker)_\w+", queries)} <= known
