@@ -21,6 +21,7 @@ from fastapi import Depends, Request
 from service.api.body import read_body
 from service.api.caller import Caller, CallerDep
 from service.api.models import Model
+from service.api.response_format import grammar_for
 from service.api.schemas import GenerateRequest, Sampling
 from service.api.state import ApiState, state_of
 from service.api_keys import PRIORITIES
@@ -92,7 +93,8 @@ async def admit(
     """Admit `num_choices` jobs per prompt, or none at all.
 
     Raises:
-        InvalidValue: a prompt is empty or too long, or `timeout_s` is beyond what the service allows.
+        InvalidValue: a prompt is empty or too long, a token id is not the model's, `response_format` cannot be
+            enforced, or `timeout_s` is beyond what the service allows.
         QueueFull, NotReady, IdempotencyConflict: as `JobQueue.admit`.
     """
     started = time.perf_counter()
@@ -103,6 +105,8 @@ async def admit(
     best = caller.api_key.max_priority
     if PRIORITIES[asked.priority] < PRIORITIES[best]:
         raise InvalidValue(f"priority is {asked.priority}; this API key may ask for {best} at best.", param="priority")
+    check_tokens(model, asked, num_new_tokens)
+    grammar = await grammar_for(model, asked.response_format)
     requests: list[JobRequest] = []
     for prompt in prompts:
         prompt_ids = await encode(model, prompt, prompt_field)
@@ -117,6 +121,7 @@ async def admit(
                     seed=draw_seed() if asked.seed is None else (asked.seed + len(requests)) % 2**63,
                     num_new_tokens=new_tokens,
                     logprobs=logprobs,
+                    grammar=grammar,
                     warnings=warnings,
                 )
             )
@@ -157,6 +162,22 @@ async def admit(
         )
         for place, admission in enumerate(admissions)
     ]
+
+
+def check_tokens(model: Model, asked: Sampling, num_new_tokens: int) -> None:
+    """Refuse token ids that the model does not have, and a least length above the greatest."""
+    vocab_size = model.folder.config.vocab_size
+    for field, token_ids in (("logit_bias", asked.logit_bias), ("stop_token_ids", asked.stop_token_ids)):
+        highest = max(token_ids, default=0)
+        if highest >= vocab_size:
+            raise InvalidValue(
+                f"{field} names the token id {highest}; {model.name} has {vocab_size:,} ids.", param=field
+            )
+    if asked.min_tokens > num_new_tokens:
+        raise InvalidValue(
+            f"min_tokens is {asked.min_tokens:,}; at most {num_new_tokens:,} tokens may be generated.",
+            param="min_tokens",
+        )
 
 
 async def encode(model: Model, prompt: str | Sequence[int], field: str) -> list[int]:
@@ -215,6 +236,7 @@ def describe_job(
     seed: int,
     num_new_tokens: int,
     logprobs: int | None,
+    grammar: str | None,
     warnings: Sequence[str],
 ) -> JobRequest:
     sampling = asked.drawn_with(seed)
@@ -222,7 +244,10 @@ def describe_job(
         "max_new_tokens": num_new_tokens,
         **sampling,
         "stop": asked.stop,
+        "ignore_eos": asked.ignore_eos,
+        "stop_token_ids": asked.stop_token_ids,
         "logprobs": logprobs,
+        "response_format": asked.model_dump(include={"response_format"}, by_alias=True)["response_format"],
         "timeout_s": asked.timeout_s,
         "priority": asked.priority,
     }
@@ -233,7 +258,13 @@ def describe_job(
         sampling=sampling,
         stop=tuple(asked.stop),
         logprobs=logprobs,
-        options={"parameters": parameters, "warnings": list(warnings)},
+        options={
+            "parameters": parameters,
+            "warnings": list(warnings),
+            "ignore_eos": asked.ignore_eos,
+            "stop_token_ids": asked.stop_token_ids,
+            "grammar": grammar,
+        },
     )
 
 

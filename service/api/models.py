@@ -117,7 +117,7 @@ class Models:
 
 def warm_up(tokenizer: Tokenizer) -> None:
     """Do here, in a thread, what the first request would otherwise wait for: a table of bytes, a compiled template."""
-    _ = tokenizer.bytes_of_tokens
+    _ = tokenizer.bytes_of_tokens, tokenizer.vocabulary
     if tokenizer.has_chat_template:
         with contextlib.suppress(GenerationError):
             tokenizer.render_chat([{"role": "user", "content": ""}])

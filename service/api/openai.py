@@ -130,7 +130,7 @@ async def admit_choices(
 )
 async def completions(request: Request, asked: Annotated[Asked, Depends(admit_completion)]) -> Response:
     """OpenAI's parameters and answers, with `top_k`, `min_p`, `repetition_penalty`, `timeout_s` and `priority` beside
-    them. `suffix`, `best_of` and `logit_bias` are refused."""
+    them. `suffix` and `best_of` are refused."""
     return await answer(request, asked)
 
 
@@ -141,8 +141,8 @@ async def completions(request: Request, asked: Annotated[Asked, Depends(admit_co
     openapi_extra=describe_body(ChatRequest),
 )
 async def chat_completions(request: Request, asked: Annotated[Asked, Depends(admit_chat)]) -> Response:
-    """Writes the messages out by the model's own chat template; a model without one is refused. `tools` and other
-    `response_format` than text are refused."""
+    """Writes the messages out by the model's own chat template; a model without one is refused. `tools` are
+    refused."""
     return await answer(request, asked)
 
 

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from service.api.response_format import ResponseFormat
+from service.api.strict import MAX_NAME, Float, Int, Name, Strict, Text
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
+MAX_STOP_IDS = 64
+MAX_BIASES = 1_024
 MAX_LOGPROBS = 20
 MAX_CHOICES = 8
 MAX_JOBS = 16
 """Prompts times choices of one request to /v1."""
 MAX_MESSAGES = 256
-MAX_NAME = 200
 MAX_TOKENS = 1_000_000
 """Bound on what is read; what is served is bounded by the model's context."""
-
-
-def no_lone_surrogates(text: str) -> str:
-    """Refuse half a surrogate pair: it is no character, and no tokenizer or UTF-8 answer can carry it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"a lone surrogate stands at character {error.start}; send whole characters") from error
-    return text
-
-
-def whole_number(value: object) -> object:
-    """Take 5.0 for 5, as JavaScript sends it, but never true for 1."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not a truth value")
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def one_or_many(value: object) -> object:
@@ -42,15 +30,6 @@ def one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def number(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not a truth value")
-    return value
-
-
-Text = Annotated[str, AfterValidator(no_lone_surrogates)]
-Int = Annotated[int, BeforeValidator(whole_number)]
-Float = Annotated[float, BeforeValidator(number)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[
     list[StopText],
@@ -59,14 +38,23 @@ Stops = Annotated[
 ]
 Seed = Annotated[Int, Field(ge=0, lt=2**63)]
 Length = Annotated[Int, Field(ge=1, le=MAX_TOKENS)]
-ModelName = Annotated[Text, Field(min_length=1, max_length=MAX_NAME)]
+ModelName = Name
 TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
 
 
-class Strict(BaseModel):
-    """No unknown field, no conversion from another type, nothing that is not finite."""
+def whole_number_name(value: object) -> object:
+    """JSON writes a token id that is a name as text."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 12 else value
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
+
+Biases = Annotated[
+    dict[
+        Annotated[TokenId, BeforeValidator(whole_number_name, json_schema_input_type=str)],
+        Annotated[Float, Field(ge=-100, le=100)],
+    ],
+    Field(max_length=MAX_BIASES),
+]
+NOT_FOR_SAMPLING = {"ignore_eos", "stop_token_ids", "response_format", "timeout_s", "priority"}
 
 
 class Sampling(Strict):
@@ -81,8 +69,17 @@ class Sampling(Strict):
     )
     presence_penalty: Annotated[Float, Field(ge=-2, le=2)] = Field(0.0, description="over the completion")
     frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] = Field(0.0, description="over the completion")
+    logit_bias: Biases = Field(default_factory=dict, description="token id to what is added to its score")
+    min_tokens: Annotated[Int, Field(ge=0, le=MAX_TOKENS)] = Field(0, description="nothing ends the text before these")
+    ignore_eos: bool = Field(False, description="go on behind the model's own end tokens")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] = Field(
+        default_factory=list, description="further end tokens, not part of the text"
+    )
     seed: Seed | None = Field(None, description="null draws one, which the answer names")
     stop: Stops = Field(default_factory=list, description="strings that end the completion and are not part of it")
+    response_format: ResponseFormat | None = Field(
+        None, description="what the text must be: text, json_object, json_schema, or our regex"
+    )
     timeout_s: Annotated[Float, Field(gt=0, le=86_400)] = Field(
         300.0, description="the job ends by then with what it has, queued or running"
     )
@@ -90,7 +87,7 @@ class Sampling(Strict):
 
     def drawn_with(self, seed: int) -> dict[str, Any]:
         """The fields of `shared.sampling.SamplingParams`."""
-        names = set(Sampling.model_fields) - {"seed", "stop", "timeout_s", "priority"}
+        names = set(Sampling.model_fields) - {"seed", "stop", *NOT_FOR_SAMPLING}
         return {**self.model_dump(include=names), "seed": seed}
 
 
@@ -213,13 +210,11 @@ class StreamOptions(Strict):
 UNSERVED: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "audio": (),
@@ -256,7 +251,10 @@ class OpenAISampling(Sampling):
     def refuse_unserved(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        response_format = values.get("response_format")  # a null inside a schema says something
         values = without_nulls(values)
+        if response_format is not None:
+            values["response_format"] = response_format
         for name in UNSERVED.keys() & values.keys():
             if values[name] not in UNSERVED[name]:
                 message = f"{name} is not served here; leave it out."

@@ -62,6 +62,7 @@ def load_host(
     started_s = time.monotonic()
     tokenizer = Tokenizer.from_folder(folder.path)
     tokenizer.check_fits(folder.config)
+    _ = tokenizer.bytes_of_tokens, tokenizer.vocabulary  # tables that the first request would wait for
     model = load_model(folder, device=device, dtype=dtype)
     if can_pack(device, dtype):
         pack_linears(model)

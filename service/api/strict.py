@@ -1,0 +1,43 @@
+"""The base of all that clients send, and its fields' types: nothing unknown, nothing converted, whole characters."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+MAX_NAME = 200
+
+
+def no_lone_surrogates(text: str) -> str:
+    """Refuse half a surrogate pair: it is no character, and no tokenizer or UTF-8 answer can carry it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a lone surrogate stands at character {error.start}; send whole characters") from error
+    return text
+
+
+def whole_number(value: object) -> object:
+    """Take 5.0 for 5, as JavaScript sends it, but never true for 1."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not a truth value")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not a truth value")
+    return value
+
+
+Text = Annotated[str, AfterValidator(no_lone_surrogates)]
+Name = Annotated[Text, Field(min_length=1, max_length=MAX_NAME)]
+Int = Annotated[int, BeforeValidator(whole_number)]
+Float = Annotated[float, BeforeValidator(number)]
+
+
+class Strict(BaseModel):
+    """No unknown field, no conversion from another type, nothing that is not finite."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
