@@ -29,7 +29,7 @@ define install
 	@touch $@
 endef
 
-.PHONY: help demo up down train test test-slow check format bench clean
+.PHONY: help demo up down train test test-slow test-redis prove-queue check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -62,6 +62,12 @@ test: $(VENV)/.dev ## install what the tests need and run them
 
 test-slow: $(VENV)/.dev ## the tests that take minutes
 	@$(PY) -m pytest -m slow
+
+test-redis: $(VENV)/.dev ## the queue's and the end-to-end tests on another server: SERVER=/path/to/redis-server
+	@$(PY) -m pytest --redis-server $(SERVER) tests/service/queue tests/service/test_worker.py tests/e2e
+
+prove-queue: $(VENV)/.dev ## hundreds of kills of workers, API processes and Redis under load (half an hour)
+	@$(PY) -m benchmarks.prove_queue
 
 check: $(VENV)/.dev ## format, lint, types, import walls
 	@$(VENV)/bin/ruff format --check .

@@ -12,7 +12,8 @@ import anyio
 import pytest
 
 from frontend.client import ApiAway, ApiClient, ApiError, Done, Event, Piece, Queued, Started
-from tests.frontend.stack import PATIENCE_S, Stack
+from tests.frontend.stack import Stack
+from tests.processes import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.frontend.stack import ROOT
+from tests.processes import ROOT
 
 
 def run_page(**settings: str) -> subprocess.CompletedProcess[str]:

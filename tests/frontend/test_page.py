@@ -10,7 +10,8 @@ import psutil
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.frontend.stack import Stack, wait_until
+from tests.frontend.stack import Stack
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.browser
 

@@ -1,0 +1,140 @@
+"""A service of several processes on this machine, each of which may be killed, frozen or told to stop at any time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from service.queue import keys
+from service.queue.connection import blocking_redis
+from service.queue.local_server import LocalRedis, start_redis
+from shared.checkpoint import write_export
+from shared.config import ModelConfig
+from shared.model import SmolLM2
+from tests.processes import Process, free_port, wait_until
+from tests.tiny import TINY, tiny_tokenizer
+
+MODEL = "steady"
+
+STEADY: ModelConfig = dataclasses.replace(TINY, max_position_embeddings=2_048, num_hidden_layers=16)
+"""Deep enough that a completion takes seconds: something can happen to it in the middle."""
+
+
+def write_steady_export(models_dir: Path) -> None:
+    """A model that never ends by itself, so that every completion has the length asked for."""
+    model = SmolLM2(STEADY)
+    model.initialize(3)
+    write_export(models_dir / MODEL, model.eval(), tiny_tokenizer(), trained_length=None)
+    path = models_dir / MODEL / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": []}))
+
+
+class Cluster:
+    """One Redis with an append-only file, any number of API and worker processes."""
+
+    def __init__(self, root: Path, *, models_dir: Path | None = None, **settings: Any) -> None:
+        """`settings` are those of the service, for all processes, in lower case."""
+        self.root = root
+        self.settings = {
+            "models_dir": models_dir or root / "models",
+            "runs_dir": root / "runs",
+            "default_model": MODEL,
+            "dtype": "float32",
+            "device": "cpu",
+            "num_threads": 1,
+            "log_format": "text",
+            **settings,
+        }
+        if models_dir is None and not (root / "models" / MODEL).exists():
+            write_steady_export(root / "models")
+        self.redis_port = free_port()
+        self.redis = self.start_redis()
+        self.client: redis.Redis = blocking_redis(self.redis.url)
+        self.apis: dict[str, Process] = {}
+        """URL -> process."""
+        self.workers: list[Process] = []
+        self._num_started = 0
+
+    def start_redis(self) -> LocalRedis:
+        self.redis = start_redis(port=self.redis_port, directory=self.root / "redis")
+        return self.redis
+
+    def start_worker(self, **settings: Any) -> Process:
+        worker = self._start("worker", settings)
+        self.workers.append(worker)
+        return worker
+
+    def start_api(self) -> str:
+        """Return the URL of a new API process, which may not listen yet."""
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        self.apis[url] = self._start("api", {}, API_PORT=port)
+        return url
+
+    def _start(self, command: str, settings: dict[str, Any], **environment: Any) -> Process:
+        self._num_started += 1
+        environment |= {f"SMOLLM_{name.upper()}": value for name, value in (self.settings | settings).items()}
+        log = self.root / f"{command}{self._num_started}.log"
+        return Process(["service", command], log=log, SMOLLM_REDIS_URL=self.redis.url, **environment)
+
+    def wait_until_ready(self, num_workers: int | None = None) -> None:
+        """Wait until every API process serves and so many workers take jobs (all that were started, by default)."""
+        for url in self.apis:
+            wait_until(lambda url=url: get(url, "/ready")[0] == 200, f"{url} to be ready")  # type: ignore[misc]
+        wanted = len(self.workers) if num_workers is None else num_workers
+        wait_until(lambda: len(self.serving_workers()) >= wanted, f"{wanted} workers")
+
+    def serving_workers(self) -> list[Process]:
+        """Workers of ours that say now that they take jobs."""
+        seen = [str(name) for name in self.client.zrange(keys.SERVED + MODEL, 0, -1)]
+        return [worker for worker in self.workers if any(is_of(name, worker) for name in seen)]
+
+    def holder_of(self, job_id: str) -> Process:
+        """The worker that has, or last had, a job."""
+
+        def look() -> Process | None:
+            name = str(self.client.hget(keys.JOB + job_id, "worker"))
+            return next((worker for worker in self.workers if is_of(name, worker)), None)
+
+        return wait_until(look, f"a worker to take {job_id}")
+
+    def kill_worker(self, worker: Process) -> None:
+        worker.kill()
+        self.workers.remove(worker)
+
+    def kill_api(self, url: str) -> None:
+        self.apis.pop(url).kill()
+
+    def counts(self) -> dict[str, int]:
+        """Queued and running jobs and their cost, as Redis counts them."""
+        found = self.client.hgetall(keys.COUNTS + MODEL)
+        return {name: int(found.get(name, 0)) for name in ("queued", "queued_cost", "running", "running_cost")}
+
+    def stop(self) -> None:
+        """End everything, whatever state it is in."""
+        for process in [*self.apis.values(), *self.workers]:
+            process.kill()
+        self.client.close()
+        self.redis.stop()
+
+
+def is_of(worker_name: str, process: Process) -> bool:
+    """A worker's name is host, process id and four digits."""
+    return worker_name.rsplit("-", 2)[-2:-1] == [str(process.popen.pid)]
+
+
+def get(url: str, path: str) -> tuple[int, Any]:
+    """Return status and JSON; status 0 where nobody listens."""
+    try:
+        with urllib.request.urlopen(url + path, timeout=5) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+    except OSError:
+        return 0, None
