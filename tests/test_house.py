@@ -7,10 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from service.errors import RequestError
 from tests.env_example import env_example
 from trainer.config import TrainConfig
+from trainer.recipe import section_within
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shared", "trainer", "service", "frontend")
@@ -74,11 +76,13 @@ def test_env_example_is_what_the_settings_say() -> None:
     assert (ROOT / ".env.example").read_text() == env_example(), message
 
 
-def fields_of(schema: type) -> set[str]:
+def fields_of(schema: type[BaseModel]) -> set[str]:
+    """Names of a recipe's keys, those of its tables included."""
     names: set[str] = set()
-    for name, field in schema.model_fields.items():  # type: ignore[attr-defined]
+    for name, field in schema.model_fields.items():
         assert field.description or hasattr(field.annotation, "model_fields"), f"{name} has no description"
-        names.add(name)
+        inner = section_within(field.annotation)
+        names |= {name} | (fields_of(inner) if inner else set())
     return names
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from shared.errors import SmolLMError
 
@@ -16,9 +18,22 @@ Train a small language model on your own text through a staged curriculum.
   python -m trainer train cpu --set num_steps=50 --set stages=...     any key of a recipe can be changed
   python -m trainer train my_recipe.toml          a recipe of your own: copy one of trainer/recipes/
 
-Put your text into data/input.txt, data/code.txt, data/math.txt; what is missing is brought or generated.
+Put your text into data/input.txt, data/code.txt, data/math.txt, or name it: --text input=books/ --text code='src/*.py'.
+What is missing is brought or generated.
 The same `train` command resumes a run that was stopped, killed or rebooted, to the same final weights.
 SMOLLM_DATA_DIR, SMOLLM_RUNS_DIR and SMOLLM_MODELS_DIR move data/, runs/ and models/."""
+
+
+class AddText(argparse.Action):
+    """`--text SOURCE=PATH` as the change of `data.files.SOURCE` that it is; several of one source add up."""
+
+    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, _: Any = None) -> None:
+        source, separator, path = str(value).partition("=")
+        if not (source and separator and path):
+            parser.error(f"--text {value!r} is not of the form SOURCE=PATH")
+        options.texts = getattr(options, "texts", {})
+        options.texts.setdefault(source, []).append(path)
+        options.overrides = [*options.overrides, f"data.files.{source}={json.dumps(options.texts[source])}"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
         dest="overrides",
         metavar="KEY=VALUE",
         help="change one key of the recipe, a dotted one inside its table (data.vocab_size=8192); may be repeated",
+    )
+    recipe_options.add_argument(
+        "--text",
+        action=AddText,
+        dest="overrides",
+        metavar="SOURCE=PATH",
+        help="a source's text: a file, a folder or a glob (code='src/**/*.py'); may be repeated",
     )
     run_options = argparse.ArgumentParser(add_help=False)
     run_options.add_argument("run", metavar="RUN", help="a folder in runs/")

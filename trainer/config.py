@@ -76,12 +76,31 @@ class ModelSection(Section):
         return ModelConfig(**sizes | {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id})
 
 
+class DatasetSection(Section):
+    """A dataset that a source is streamed from: on the Hugging Face Hub, or a folder of parquet or JSON-lines files."""
+
+    repository: str = Field(min_length=1, description="owner/name on the Hub, or a folder's path")
+    subset: str | None = Field(None, description="the dataset's configuration, where it has several")
+    folder: str | None = Field(None, description="read only the files below this folder of the repository")
+    split: str = Field("train", description="train, or another split of the dataset")
+    revision: str | None = Field(None, description="branch, tag or commit; default: the newest")
+    text_column: str = Field("text", description="the column that holds the text")
+    share: Share = Field(1.0, description="share of data.token_budget that is brought from here; they sum to at most 1")
+
+
 class DataSection(Section):
     """The text and how it becomes tokens."""
 
     sources: Annotated[tuple[Name, ...], Field(min_length=1)] = Field(
         ("input", "code", "math"), description="names of sources; data/NAME.txt is used where it exists"
     )
+    files: dict[Name, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(
+        {}, description="source -> its files, folders or globs, looked at before anything else"
+    )
+    datasets: dict[Name, DatasetSection] = Field(
+        {}, description="source -> the dataset it is streamed from where the user gave no text (below)"
+    )
+    token_budget: Positive | None = Field(None, description="tokens to bring from all datasets together")
     tokenizer: str = Field(
         "smollm2", description="smollm2 (49,152 ids), train (a new BPE of vocab_size ids), or a folder's path"
     )
@@ -99,6 +118,13 @@ class DataSection(Section):
             raise ConfigError('data.vocab_size belongs to data.tokenizer = "train": set both or neither')
         if len(set(self.sources)) != len(self.sources):
             raise ConfigError(f"data.sources names one source twice: {', '.join(self.sources)}")
+        for key in ("files", "datasets"):
+            if unknown := set(getattr(self, key)) - set(self.sources):
+                raise ConfigError(f"data.{key} has {min(unknown)!r}, which is not among data.sources; add it there")
+        if bool(self.datasets) != (self.token_budget is not None):
+            raise ConfigError("data.token_budget belongs to data.datasets: set both or neither")
+        if (total := sum(dataset.share for dataset in self.datasets.values())) > 1 + 1e-9:
+            raise ConfigError(f"the shares in data.datasets sum to {total:g}; they may sum to 1 at most")
         return self
 
 

@@ -133,10 +133,3 @@ class Clock:
     @property
     def training_s(self) -> float:
         return max(self.total_s - sum(self.apart_s.values()), 1e-9)
-
-
-def duration(seconds: float) -> str:
-    """4:05 or 1:02:09."""
-    minutes, whole = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"

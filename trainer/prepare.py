@@ -1,53 +1,49 @@
 """Text -> token files, once: what is already there for the same text and tokenizer is kept.
 
-Documents are encoded in blocks on all cores by the `tokenizers` library and written as they come, so memory stays
-bounded by the block. Which documents are held out depends on their text alone: adding text never moves an old document
-from one side to the other.
+Documents are read, encoded on all cores by the `tokenizers` library, and written as they come, so memory stays bounded
+by the block whatever the text's length. A prepare that was killed goes on where it was (`token_writer`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import Any
 
 from shared.errors import DataError, TokenizerError
-from shared.files import atomic_folder, sha256_file, write_atomically
+from shared.files import atomic_folder, storage_errors, write_atomically
+from shared.pretrained import only_one_process
 from shared.tokenizer import Tokenizer
 from trainer.batches import data_hash
-from trainer.corpus.documents import read_documents
-from trainer.corpus.find import SourceText, find_text
+from trainer.corpus.files import FileText
+from trainer.corpus.find import find_text
+from trainer.corpus.hub import HubText
+from trainer.corpus.survey import Survey, document_hash, survey_files, survey_stream
+from trainer.corpus.text import Documents
 from trainer.progress import Progress
-from trainer.token_file import (
-    FORMAT,
-    HELD_OUT,
-    MANIFEST,
-    MAX_VOCAB_SIZE,
-    TOKEN_DTYPE,
-    TRAIN,
-    TokenFile,
-    open_token_file,
-    read_manifest,
-)
+from trainer.token_file import FORMAT, MAX_VOCAB_SIZE, TokenFile, open_token_file, read_manifest
+from trainer.token_writer import UnfinishedTokens, read_note
 
 __all__ = ["PreparedData", "TokenFile", "load_prepared", "prepare"]
 
 log = logging.getLogger("trainer")
 
-BLOCK_CHARACTERS = 4_000_000
-"""Text encoded at once; peak memory is about 30 bytes per character of it."""
+BLOCK_CHARACTERS = 2_000_000
+"""Text encoded at once; two blocks are in memory, at about 30 bytes per character."""
 
 TOKENIZER_SAMPLE_CHARACTERS = 4_000_000
 """Characters per source a new BPE is learnt from: more changes no merge that a small vocabulary has room for."""
 
 PREPARED = "prepared.json"
 TOKENIZER_FOLDER = "tokenizer"
+
+assert array("H").itemsize == 2 and sys.byteorder == "little", "token files are little-endian uint16"
 
 
 @dataclass(frozen=True)
@@ -60,21 +56,13 @@ class PreparedData:
     """sha256 over the training tokens of every source."""
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What one pass over a source's text finds: is it readable, how much is there, what is held out."""
-
-    num_documents: int
-    num_characters: int
-    held_out_below: int
-    """A document is held out when its hash is below this 64-bit number."""
-
-
 def prepare(
     sources: Sequence[str],
     *,
     data_dir: Path,
     text_dir: Path | None = None,
+    files: Mapping[str, Sequence[str]] | None = None,
+    datasets: Mapping[str, HubText] | None = None,
     tokenizer: Tokenizer | None,
     vocab_size: int | None,
     output_dir: Path,
@@ -86,32 +74,36 @@ def prepare(
         sources: names; `find_text` says where each is looked for.
         data_dir: the user's own files, and `brought/` for the others.
         text_dir: a further place for the user's own files, looked at first.
+        files: source -> files, folders and globs that are its text.
+        datasets: source -> the dataset that it is streamed from.
         tokenizer: the one to use; None trains a BPE of `vocab_size` ids on these texts.
         vocab_size: ids of a new tokenizer.
         output_dir: one folder per source, `tokenizer/`, and `prepared.json`, written last.
         held_out_share: share of documents never trained on.
 
     Raises:
-        DataError: a text is missing, empty, binary or not UTF-8.
+        DataError: a text is missing, empty, binary or not UTF-8, or a dataset cannot be reached.
         TokenizerError: the vocabulary does not fit 16 bits.
         StorageError: the disk refused.
     """
-    texts = [find_text(source, data_dir, text_dir) for source in sources]
-    surveys = {text.source: survey(text, held_out_share) for text in texts}
-    if tokenizer is None:
-        assert vocab_size is not None, "a new tokenizer needs a size"
-        tokenizer = trained_tokenizer(texts, surveys, vocab_size=vocab_size, folder=output_dir / TOKENIZER_FOLDER)
-    else:
-        (output_dir / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
-        tokenizer.save(output_dir / TOKENIZER_FOLDER)
-    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size:,} ids; token files hold at most {MAX_VOCAB_SIZE:,}"
-        )
-    for text in texts:
-        write_token_files(text, surveys[text.source], tokenizer, output_dir / text.source)
-    write_atomically(output_dir / PREPARED, json.dumps({"format": FORMAT, "sources": list(sources)}))
-    return load_prepared(output_dir)
+    with storage_errors(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    with only_one_process(output_dir / ".lock"):
+        texts = [find_text(source, data_dir, text_dir, files=files, datasets=datasets) for source in sources]
+        work = Work(texts, output_dir, held_out_share)
+        if tokenizer is None:
+            assert vocab_size is not None, "a new tokenizer needs a size"
+            tokenizer = work.trained_tokenizer(vocab_size)
+        else:
+            (output_dir / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+            tokenizer.save(output_dir / TOKENIZER_FOLDER)
+        if tokenizer.vocab_size > MAX_VOCAB_SIZE:
+            raise TokenizerError(
+                f"the tokenizer has {tokenizer.vocab_size:,} ids; token files hold at most {MAX_VOCAB_SIZE:,}"
+            )
+        work.write_token_files(tokenizer)
+        write_atomically(output_dir / PREPARED, json.dumps({"format": FORMAT, "sources": list(sources)}))
+        return load_prepared(output_dir)
 
 
 def load_prepared(output_dir: Path) -> PreparedData:
@@ -132,134 +124,162 @@ def load_prepared(output_dir: Path) -> PreparedData:
     return PreparedData(tokenizer, token_files, data_hash(token_files))
 
 
-def survey(text: SourceText, held_out_share: float) -> Survey:
-    """Read a text once, so that every fault in it is found before any work starts."""
-    threshold = int(held_out_share * 2**64)
-    num_documents, num_characters = 0, 0
-    first_hash, first_characters, held_out_characters = 2**64, 0, 0
-    with Progress(f"{text.source}: reading", text.path.stat().st_size, unit="B") as progress:
-        for document in read_documents(text.path):
-            hashed, size = document_hash(document), len(document)
-            num_documents += 1
-            num_characters += size
-            held_out_characters += size if hashed < threshold else 0
-            if hashed < first_hash:
-                first_hash, first_characters = hashed, 0
-            first_characters += size if hashed == first_hash else 0  # the same text again has the same hash
-            progress.update(size)
-    if not num_documents:
-        raise DataError(f"{text.path} holds no text, only blank lines: fill it, or remove it to let it be brought")
-    if not held_out_characters:  # few documents: hold out the one that would be first
-        threshold, held_out_characters = first_hash + 1, first_characters
-    if num_documents == 1 or held_out_characters > max(held_out_share, 0.5) * num_characters:
-        why = "one document only" if num_documents == 1 else "few or repeated documents"
-        log.warning("%s: %s, so nothing can be held out and its held-out loss is unknown", text.source, why)
-        threshold = 0
-    return Survey(num_documents, num_characters, threshold)
+class Work:
+    """The texts of one recipe on their way to token files; each is surveyed at most once, and only if need be."""
+
+    def __init__(self, texts: Sequence[FileText | HubText], output_dir: Path, held_out_share: float) -> None:
+        self.texts, self.output_dir, self.held_out_share = texts, output_dir, held_out_share
+        self.identities = {text.source: text.identity() for text in texts}
+        self._surveys: dict[str, Survey] = {}
+
+    def survey(self, text: FileText | HubText) -> Survey:
+        if text.source not in self._surveys:
+            share = self.held_out_share
+            self._surveys[text.source] = (
+                survey_files(text, share) if isinstance(text, FileText) else survey_stream(share)
+            )
+        return self._surveys[text.source]
+
+    def trained_tokenizer(self, vocab_size: int) -> Tokenizer:
+        """Return the BPE of these texts, trained now or by an earlier run on the same texts."""
+        folder = self.output_dir / TOKENIZER_FOLDER
+        note = folder / "trained_on.json"
+        wanted = {"vocab_size": vocab_size, "texts": self.identities}
+        if note.is_file() and json.loads(note.read_bytes()) == wanted:
+            return Tokenizer.from_folder(folder)
+        samples = [sample_documents(text, self.survey(text)) for text in self.texts]
+        log.info("training a tokenizer of %s ids", f"{vocab_size:,}")
+        tokenizer = Tokenizer.train((document for sample in samples for document in sample), vocab_size=vocab_size)
+        with atomic_folder(folder) as new:
+            tokenizer.save(new)
+            (new / note.name).write_text(json.dumps(wanted))
+        return tokenizer
+
+    def write_token_files(self, tokenizer: Tokenizer) -> None:
+        """Encode every source whose folder does not hold these tokens already, after a look at all their texts."""
+        owed = []
+        for text in self.texts:
+            identity = {
+                "format": FORMAT,
+                "source": text.source,
+                "text": self.identities[text.source],
+                "tokenizer_sha256": tokenizer.sha256,
+                "held_out_share": self.held_out_share,
+            }
+            folder = self.output_dir / text.source
+            manifest = read_manifest(folder)
+            if manifest is not None and all(manifest.get(key) == value for key, value in identity.items()):
+                num_tokens = manifest["train"]["num_tokens"]
+                log.info("%s: token files are there already (%s tokens)", text.source, f"{num_tokens:,}")
+                continue
+            note = read_note(folder, identity)
+            owed.append((text, folder, note or {"identity": identity, "survey": asdict(self.survey(text))}))
+        for text, folder, note in owed:
+            encode_text(text, tokenizer, folder, note)
 
 
-def document_hash(document: str) -> int:
-    """Return 64 bits that depend on the document's text alone."""
-    return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "big")
+def sample_documents(text: FileText | HubText, found: Survey) -> Iterator[str]:
+    """Yield training documents up to `TOKENIZER_SAMPLE_CHARACTERS`: spread over a file, the first of a stream."""
+    every = max(1, -(-(found.num_bytes or 0) // TOKENIZER_SAMPLE_CHARACTERS))
+    size = 0
+    for number, document in enumerate(text.open()):
+        if number % every == 0 and document_hash(document) >= found.held_out_below:
+            yield document
+            size += len(document)
+        if found.num_bytes is None and size >= TOKENIZER_SAMPLE_CHARACTERS:
+            return
 
 
-def trained_tokenizer(
-    texts: Sequence[SourceText], surveys: dict[str, Survey], *, vocab_size: int, folder: Path
-) -> Tokenizer:
-    """Return the BPE of these texts, trained now or by an earlier run on the same texts."""
-    note = folder / "trained_on.json"
-    wanted = {"vocab_size": vocab_size, "texts": {text.source: sha256_file(text.path) for text in texts}}
-    if note.is_file() and json.loads(note.read_bytes()) == wanted:
-        return Tokenizer.from_folder(folder)
-    log.info("training a tokenizer of %s ids", f"{vocab_size:,}")
-    tokenizer = Tokenizer.train(sample_documents(texts, surveys), vocab_size=vocab_size)
-    with atomic_folder(folder) as new:
-        tokenizer.save(new)
-        (new / note.name).write_text(json.dumps(wanted))
-    return tokenizer
+def encode_text(text: FileText | HubText, tokenizer: Tokenizer, folder: Path, note: Mapping[str, Any]) -> None:
+    """Write one source's token files, from the beginning or from where an earlier process noted that it was."""
+    found = Survey(**note["survey"])
+    with storage_errors(folder), UnfinishedTokens(folder, note) as tokens:
+        if tokens.num_tokens:
+            log.info("%s: going on after %s tokens, where an earlier start was", text.source, f"{tokens.num_tokens:,}")
+        documents = text.open(tokens.position)
+        tokens_before = tokens.num_tokens
+        with encoding_progress(text, found, tokens) as progress:
+            for block in encoded_blocks(documents, tokenizer):
+                write_block(block, found, tokens, max_tokens=text.max_tokens)
+                done = tokens.num_tokens if text.max_tokens else tokens.num_bytes
+                progress.update(
+                    done - progress.done, also=f"{progress.rate(tokens.num_tokens - tokens_before):,.0f} tokens/s"
+                )
+                if text.max_tokens and tokens.num_tokens >= text.max_tokens:
+                    break
+                tokens.note_now_and_then(block.position)
+        manifest = tokens.finish({**note["identity"], **asdict(found), "origin": text.origin})
+    if text.max_tokens and tokens.num_tokens < text.max_tokens:
+        log.warning(
+            "%s: the dataset ended after %s of %s tokens", text.source, f"{tokens.num_tokens:,}", f"{text.max_tokens:,}"
+        )
+    counts = (f"{manifest[part]['num_tokens']:,}" for part in ("train", "held_out"))
+    log.info("%s: %s tokens to train on, %s held out", text.source, *counts)
 
 
-def sample_documents(texts: Iterable[SourceText], surveys: dict[str, Survey]) -> Iterator[str]:
-    """Yield training documents spread over each text, at most `TOKENIZER_SAMPLE_CHARACTERS` of each."""
-    for text in texts:
-        found = surveys[text.source]
-        every = max(1, -(-found.num_characters // TOKENIZER_SAMPLE_CHARACTERS))
-        for number, document in enumerate(read_documents(text.path)):
-            if number % every == 0 and document_hash(document) >= found.held_out_below:
-                yield document
+def encoding_progress(text: FileText | HubText, found: Survey, tokens: UnfinishedTokens) -> Progress:
+    """Count tokens where their number is known beforehand, bytes of text otherwise."""
+    total, done, unit = found.num_bytes or 0, tokens.num_bytes, "B"
+    if text.max_tokens:
+        total, done, unit = text.max_tokens, tokens.num_tokens, "tokens"
+    return Progress(f"{text.source}: encoding", total, unit=unit, done=done)
 
 
-def write_token_files(text: SourceText, found: Survey, tokenizer: Tokenizer, folder: Path) -> None:
-    """Encode one source, unless its folder already holds these tokens."""
-    identity = {
-        "format": FORMAT,
-        "source": text.source,
-        "origin": text.origin,
-        "text_sha256": sha256_file(text.path),
-        "tokenizer_sha256": tokenizer.sha256,
-        "held_out_below": found.held_out_below,
-    }
-    manifest = read_manifest(folder)
-    if manifest is not None and all(manifest.get(key) == value for key, value in identity.items()):
-        log.info("%s: token files are there already (%s tokens)", text.source, f"{manifest['train']['num_tokens']:,}")
-        return
-    with atomic_folder(folder) as new:
-        with (
-            TokenWriter(new / TRAIN) as train,
-            TokenWriter(new / HELD_OUT) as held_out,
-            Progress(f"{text.source}: encoding", found.num_characters, unit="characters") as progress,
-        ):
-            for block in in_blocks(read_documents(text.path)):
-                for document, ids in zip(block, tokenizer.encode_batch(block), strict=True):
-                    part = held_out if document_hash(document) < found.held_out_below else train
-                    part.write([*ids, tokenizer.end_of_text_id], num_bytes=len(document.encode()))
-                progress.update(sum(map(len, block)))
-        manifest = {**identity, "train": train.summary(), "held_out": held_out.summary()}
-        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    log.info("%s: %s tokens to train on, %s held out", text.source, f"{train.num_tokens:,}", f"{held_out.num_tokens:,}")
+@dataclass(frozen=True)
+class EncodedDocument:
+    ids: array[int]
+    """uint16, the end token included."""
+    hash: int
+    num_bytes: int
 
 
-def in_blocks(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Gather documents into lists of about `BLOCK_CHARACTERS`."""
+@dataclass(frozen=True)
+class EncodedBlock:
+    documents: list[EncodedDocument]
+    position: Any
+    """Where the text goes on after the block."""
+
+
+def write_block(block: EncodedBlock, found: Survey, tokens: UnfinishedTokens, *, max_tokens: int | None) -> None:
+    """Append each document to its side; stop with the one that fills `max_tokens`."""
+    for document in block.documents:
+        part = tokens.held_out if document.hash < found.held_out_below else tokens.train
+        part.write(document.ids, num_bytes=document.num_bytes)
+        if max_tokens and tokens.num_tokens >= max_tokens:
+            return
+
+
+def encoded_blocks(documents: Documents, tokenizer: Tokenizer) -> Iterator[EncodedBlock]:
+    """Encode one block ahead: while the library works without the interpreter, the caller writes and reads."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead: Future[EncodedBlock] | None = None
+        for texts, position in in_blocks(documents):
+            following = pool.submit(encode_block, tokenizer, texts, position)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
+
+def encode_block(tokenizer: Tokenizer, texts: list[str], position: Any) -> EncodedBlock:
+    end = array("H", [tokenizer.end_of_text_id])
+    documents = [
+        EncodedDocument(array("H", ids) + end, document_hash(text), len(text.encode()))
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True)
+    ]
+    return EncodedBlock(documents, position)
+
+
+def in_blocks(documents: Documents) -> Iterator[tuple[list[str], Any]]:
+    """Gather documents into lists of about `BLOCK_CHARACTERS`, each with the position after it."""
     block: list[str] = []
     size = 0
     for document in documents:
         block.append(document)
         size += len(document)
         if size >= BLOCK_CHARACTERS:
-            yield block
+            yield block, documents.position()
             block, size = [], 0
     if block:
-        yield block
-
-
-class TokenWriter:
-    """Appends documents' ids to a file, counting and hashing what it writes."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("wb")
-        self._digest = hashlib.sha256()
-        self.num_tokens = self.num_documents = self.num_bytes = 0
-
-    def __enter__(self) -> TokenWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, ids: Sequence[int], *, num_bytes: int) -> None:
-        """Append one document, its end token included; `num_bytes` is its text's length in UTF-8."""
-        data = np.asarray(ids, dtype=TOKEN_DTYPE).tobytes()
-        self._file.write(data)
-        self._digest.update(data)
-        self.num_tokens += len(ids)
-        self.num_documents += 1
-        self.num_bytes += num_bytes
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "num_tokens": self.num_tokens,
-            "num_documents": self.num_documents,
-            "num_bytes": self.num_bytes,
-            "sha256": self._digest.hexdigest(),
-        }
+        yield block, documents.position()

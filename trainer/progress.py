@@ -19,14 +19,17 @@ log = logging.getLogger("trainer")
 class Progress:
     """Counts units of work, `with Progress("input: encoding", total, unit="B") as progress: progress.update(n)`."""
 
-    def __init__(self, what: str, total: int, *, unit: str) -> None:
+    def __init__(self, what: str, total: int, *, unit: str, done: int = 0) -> None:
+        """Begin, or go on from `done`: speed and time left count what is done from now on."""
         self.what, self.total, self.unit = what, total, unit
-        self.done = 0
+        self.done = self.done_before = done
         self.started = time.monotonic()
         self.next_line = self.started + QUIET_S
         self.bar: tqdm[NoReturn] | None = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, delay=QUIET_S, leave=False)
+            self.bar = tqdm(
+                total=total, initial=done, desc=what, unit=f" {unit}", unit_scale=True, delay=QUIET_S, leave=False
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -35,19 +38,32 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def update(self, count: int) -> None:
-        """Add `count` units of work done."""
+    def rate(self, count: int) -> float:
+        """`count` per second since the beginning."""
+        return count / max(time.monotonic() - self.started, 1e-9)
+
+    def update(self, count: int, also: str = "") -> None:
+        """Add `count` units of work done; `also` is a further figure to show."""
         self.done += count
         if self.bar is not None:
+            self.bar.set_postfix_str(also, refresh=False)
             self.bar.update(count)
         elif (now := time.monotonic()) >= self.next_line:
             self.next_line = now + LINE_EVERY_S
-            rate = self.done / (now - self.started)
+            left = max(0, self.total - self.done) / max(self.rate(self.done - self.done_before), 1e-9)
             log.info(
-                "%s: %.0f %% of %s %s, about %.0f s left",
+                "%s: %.0f %% of %s %s%s, about %s left",
                 self.what,
-                100 * self.done / self.total,
+                100 * self.done / max(1, self.total),
                 f"{self.total:,}",
                 self.unit,
-                (self.total - self.done) / rate,
+                f", {also}" if also else "",
+                duration(left),
             )
+
+
+def duration(seconds: float) -> str:
+    """4:05 or 1:02:09."""
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"

@@ -100,16 +100,17 @@ def known_keys(parents: Iterable[int | str]) -> list[str]:
     """Return the keys of the table that a path of keys and list indices leads to."""
     section: Any = TrainConfig
     for part in parents:
-        if isinstance(part, str):
-            section = section_within(section.model_fields[part].annotation)
+        if isinstance(part, str) and part in section.model_fields:  # any other names an entry of a dictionary
+            section = section_within(section.model_fields[part].annotation) or section
     return list(section.model_fields)
 
 
 def section_within(annotation: Any) -> Any:
-    """Return the Section class inside an annotation such as `tuple[StageSection, ...]`."""
+    """Return the Section class inside an annotation such as `tuple[StageSection, ...]`, or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(found for inner in annotation.__args__ if (found := section_within(inner)) is not None)
+    inside = getattr(annotation, "__args__", ())
+    return next((found for inner in inside if (found := section_within(inner)) is not None), None)
 
 
 def did_you_mean(unknown: str, known: Iterable[str]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
 from shared.pretrained import bring
 from shared.tokenizer import Tokenizer
 from trainer.config import DataSection, Directories
+from trainer.corpus.hub import HubText
 from trainer.prepare import PreparedData, load_prepared, prepare
 
 logger = logging.getLogger("trainer")
@@ -19,7 +21,7 @@ def prepare_data(data: DataSection, directories: Directories) -> PreparedData:
     """Bring each source's text and turn it into tokens; what is done already is only checked.
 
     Raises:
-        DataError: a source's text is missing, empty or binary.
+        DataError: a source's text is missing, empty or binary, or its dataset cannot be reached.
         TokenizerError: the tokenizer cannot be read.
         WeightsError: the public model, whose tokenizer is wanted, cannot be brought.
     """
@@ -27,6 +29,8 @@ def prepare_data(data: DataSection, directories: Directories) -> PreparedData:
         data.sources,
         data_dir=directories.data_dir,
         text_dir=directories.text_dir,
+        files=data.files,
+        datasets=hub_texts(data),
         tokenizer=find_tokenizer(data.tokenizer, directories.models_dir),
         vocab_size=data.vocab_size,
         output_dir=tokens_folder(data, directories),
@@ -43,10 +47,26 @@ def load_data(data: DataSection, directories: Directories) -> PreparedData:
     return load_prepared(tokens_folder(data, directories))
 
 
+def hub_texts(data: DataSection) -> dict[str, HubText]:
+    """The datasets of a recipe, each with its part of the token budget."""
+    return {
+        source: HubText(
+            source=source,
+            max_tokens=max(1, round((data.token_budget or 0) * dataset.share)),
+            **dataset.model_dump(exclude={"share"}),
+        )
+        for source, dataset in data.datasets.items()
+    }
+
+
 def tokens_folder(data: DataSection, directories: Directories) -> Path:
     """Where a recipe's token files lie: recipes that want the same tokens share them."""
     kind = f"bpe-{data.vocab_size}" if data.tokenizer == "train" else Path(data.tokenizer).name
-    return directories.data_dir / "tokens" / f"{kind}-{'-'.join(data.sources)}-{data.held_out_share:g}"
+    name = f"{kind}-{'-'.join(data.sources)}-{data.held_out_share:g}"
+    if data.files or data.datasets:
+        chosen = data.model_dump_json(include={"files", "datasets", "token_budget"})
+        name += f"-{hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
+    return directories.data_dir / "tokens" / name
 
 
 def find_tokenizer(which: str, models_dir: Path) -> Tokenizer | None:

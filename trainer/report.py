@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.curriculum import Stage
 from trainer.evaluate import HeldOut
-from trainer.metrics import duration
+from trainer.progress import duration
 
 
 def progress_line(row: Mapping[str, Any], *, num_steps: int, eta_s: float) -> str:

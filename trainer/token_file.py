@@ -19,7 +19,7 @@ from shared.files import sha256_file
 
 TOKEN_DTYPE = np.dtype("<u2")
 MAX_VOCAB_SIZE = 65_536
-FORMAT = 1
+FORMAT = 2
 """Raised when the files or the way text is cut into documents change: older folders are made anew."""
 
 TRAIN, HELD_OUT, MANIFEST = "train.bin", "held_out.bin", "manifest.json"

@@ -14,17 +14,19 @@ from shared.errors import DataError
 from trainer.corpus import find
 from trainer.corpus.documents import MAX_CHARACTERS, TARGET_CHARACTERS, read_documents
 from trainer.corpus.download import PublicFile, download
+from trainer.corpus.files import FileText
 from trainer.corpus.shakespeare import tidy
 from trainer.corpus.word_problems import KINDS, Problem, as_text
 
 
 def test_the_users_own_file_wins_over_what_was_brought(tmp_path: Path) -> None:
     brought = find.find_text("code", tmp_path)
-    assert brought.path.parent == tmp_path / "brought"
+    assert isinstance(brought, FileText)
+    assert brought.paths[0].parent == tmp_path / "brought"
     assert find.find_text("code", tmp_path) == brought  # nothing is brought twice
     own = tmp_path / "code.txt"
     own.write_text("print(1)\n")
-    assert find.find_text("code", tmp_path).path == own
+    assert find.find_text("code", tmp_path) == FileText("code", (own,), "the user's code.txt")
 
 
 def test_a_folder_of_the_users_text_is_looked_at_first(tmp_path: Path) -> None:
@@ -32,7 +34,9 @@ def test_a_folder_of_the_users_text_is_looked_at_first(tmp_path: Path) -> None:
     text_dir.mkdir()
     (text_dir / "input.jsonl").write_text(json.dumps({"text": "Hello."}))
     (tmp_path / "input.txt").write_text("Other.")
-    assert find.find_text("input", tmp_path, text_dir).path == text_dir / "input.jsonl"
+    found = find.find_text("input", tmp_path, text_dir)
+    assert isinstance(found, FileText)
+    assert found.paths == (text_dir / "input.jsonl",)
 
 
 def test_a_source_nobody_can_bring_names_the_file_to_provide(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from shared.config import SMOLLM2_135M
 from trainer.evaluate import HeldOut
-from trainer.metrics import Clock, Metrics, duration, flops_per_token
+from trainer.metrics import Clock, Metrics, flops_per_token
+from trainer.progress import duration
 from trainer.report import overfit_alarms
 from trainer.run_folder import RunFolder, append_row, read_rows
 from trainer.run_log import RunLog

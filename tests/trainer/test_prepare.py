@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +18,11 @@ from numpy.typing import NDArray
 
 from shared.errors import DataError
 from tests.tiny import tiny_tokenizer
-from tests.trainer.small_run import texts
+from tests.trainer.small_run import ROOT, texts
+from trainer.__main__ import main
 from trainer.corpus.documents import read_documents
-from trainer.prepare import PreparedData, document_hash, load_prepared, prepare
+from trainer.corpus.survey import document_hash
+from trainer.prepare import PreparedData, load_prepared, prepare
 from trainer.token_file import open_token_file, verify_token_file
 
 SOURCES = ("input", "code", "math")
@@ -65,6 +73,97 @@ def test_what_is_done_is_kept_and_what_changed_is_made_anew(data_dir: Path) -> N
     assert [name for name in SOURCES if marks[name] != again[name]] == ["code"]
     assert first.data_hash != second.data_hash
     assert load_prepared(data_dir / "tokens").data_hash == second.data_hash
+
+
+INTERRUPTIBLE = """
+import sys
+from trainer import prepare, token_writer
+from trainer.__main__ import main
+prepare.BLOCK_CHARACTERS, token_writer.NOTE_EVERY_S = 20_000, 0.0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["files", "dataset"])
+def test_a_prepare_that_was_killed_goes_on_to_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """SIGKILL twice at arbitrary moments; the finished files are those of an undisturbed prepare, byte for byte."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(4):
+        documents = (
+            {"text": f"{text} {number}-{copy}"} for copy in range(25) for text in texts()["input"].split("\n\n")
+        )
+        (folder / f"part-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
+    change = f"data.files.input=['{folder}']"
+    if kind == "dataset":
+        change = f"data.datasets.input.repository='{folder}'"
+    overrides = [change, "data.sources=['input']", "data.vocab_size=300"]
+    overrides += ["data.token_budget=700000"] * (kind == "dataset")
+    overrides += ["stages=[{name='all', start_step=0, end_step=20, shares={input=1.0}}]"]
+    arguments = ["prepare", "smoke", *(part for change in overrides for part in ("--set", change))]
+
+    def start(root: Path) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            f"SMOLLM_{name.upper()}_DIR": str(root / name) for name in ("data", "runs", "models")
+        }
+        command = [sys.executable, "-c", INTERRUPTIBLE, *arguments]
+        environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
+
+    def result(root: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted(root.glob("data/tokens/*/input/*"))}
+
+    for name in ("data", "runs", "models"):
+        monkeypatch.setenv(f"SMOLLM_{name.upper()}_DIR", str(tmp_path / "undisturbed" / name))
+    assert main(arguments) == 0
+    seen: set[str] = set()
+    for _ in range(2):
+        process = start(tmp_path / "killed")
+        note = wait_for(lambda: next((path.read_text() for path in notes(tmp_path / "killed")), ""), process, seen)
+        process.kill()
+        process.communicate()
+        seen.add(note)
+    last = start(tmp_path / "killed")
+    assert "going on after" in last.communicate(timeout=120)[1]
+    assert last.returncode == 0
+    assert sorted(result(tmp_path / "killed")) == ["held_out.bin", "manifest.json", "train.bin"]
+    assert result(tmp_path / "killed") == result(tmp_path / "undisturbed")
+    assert not list(notes(tmp_path / "killed"))
+
+
+def notes(root: Path) -> Iterator[Path]:
+    return root.glob("data/tokens/*/.input.unfinished/note.json")
+
+
+def wait_for(read: Callable[[], str], process: subprocess.Popen[str], seen: set[str]) -> str:
+    """Poll until there is something not seen before, as long as the process lives."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (found := read()) and found not in seen:
+            return found
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    raise AssertionError("no note within 60 s")
+
+
+def test_what_a_kill_left_of_another_text_is_not_used(data_dir: Path) -> None:
+    first = prepared(data_dir).token_files["code"]
+    work = data_dir / "tokens" / ".code.unfinished"
+    shutil.copytree(data_dir / "tokens" / "code", work)
+    identity = {key: first.manifest[key] for key in ("format", "source", "text", "tokenizer_sha256", "held_out_share")}
+    survey = {"num_bytes": 1, "held_out_below": 0}
+    parts = {"train": {"num_tokens": 10, "num_documents": 1, "num_bytes": 1}}
+    parts["held_out"] = {"num_tokens": 0, "num_documents": 0, "num_bytes": 0}
+    (work / "note.json").write_text(
+        json.dumps({"identity": identity, "survey": survey, "position": [0, 0], "parts": parts})
+    )
+    with (data_dir / "code.txt").open("a") as file:
+        file.write("\n\n" + "new_code = 1\n" * 200)
+    again = prepared(data_dir).token_files["code"]
+    assert len(again.train) > len(first.train)
+    assert not work.exists()
 
 
 def test_adding_text_moves_no_document_to_the_other_side(data_dir: Path) -> None:

@@ -1,16 +1,19 @@
-"""A text file as documents: the unit that is held out or trained on as a whole, and ends with <|endoftext|>.
+"""Text files as documents: the unit that is held out or trained on as a whole, and ends with <|endoftext|>.
 
 - `.jsonl`: one document a line: the field `text`, or `question` and `answer` as one worked problem.
-- `.txt` and any other: paragraphs (parted by blank lines) gathered until a document has `TARGET_CHARACTERS`. A
-  paragraph longer than `MAX_CHARACTERS` is cut, so that memory stays bounded whatever the file holds.
+- `.txt`: paragraphs (parted by blank lines) gathered until a document has `TARGET_CHARACTERS`.
+- any other, such as `.py` or `.md`: the whole file.
+
+What is longer than `MAX_CHARACTERS` is cut, so that memory stays bounded whatever a file holds.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from shared.errors import DataError
 
@@ -22,42 +25,125 @@ NO_TEXT = re.compile("[\\0\\ud800-\\udfff]")
 """NUL and lone surrogates: a JSON escape can write what no UTF-8 text file holds."""
 
 
+class FileDocuments:
+    """The documents of some files in order, never empty ones; `position` says where the next one begins."""
+
+    def __init__(self, paths: Sequence[Path], position: Any = None) -> None:
+        self._paths = paths
+        self._index: int = position[0] if position else 0
+        start: int = position[1] if position else 0
+        self._lines: Lines | None = None
+        self._documents = self._walk(start)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        """
+        Raises:
+            DataError: a file is missing, binary, not UTF-8, or a JSON line has none of the known fields.
+        """
+        return next(self._documents)
+
+    def position(self) -> Any:
+        return [self._index, self._lines.position() if self._lines else 0]
+
+    def _walk(self, start: int) -> Iterator[str]:
+        while self._index < len(self._paths):
+            path = self._paths[self._index]
+            with Lines(path, start) as self._lines:
+                yield from documents_of(self._lines, path)
+            self._lines, start = None, 0
+            self._index += 1
+
+
 def read_documents(path: Path) -> Iterator[str]:
-    """Yield a file's documents in order, never empty ones.
+    """Yield one file's documents in order."""
+    return FileDocuments([path])
 
-    Raises:
-        DataError: the file is missing, binary, not UTF-8, or a JSON line has none of the known fields.
-    """
+
+def documents_of(lines: Lines, path: Path) -> Iterator[str]:
     if path.suffix == ".jsonl":
-        return json_documents(read_lines(path, max_characters=MAX_JSON_CHARACTERS), path)
-    return paragraph_documents(read_lines(path, max_characters=MAX_CHARACTERS))
+        return json_documents(lines, path)
+    return paragraph_documents(lines) if path.suffix == ".txt" else whole_documents(lines)
 
 
-def read_lines(path: Path, *, max_characters: int) -> Iterator[str]:
-    """Yield lines, longer ones in pieces, line ends as \\n."""
-    try:
-        with path.open(encoding="utf-8-sig", newline=None) as file:  # some editors begin a file with a byte-order mark
-            while line := file.readline(max_characters):
-                if "\0" in line:
-                    raise DataError(f"{path} holds NUL bytes: it is not text; give a plain UTF-8 text file")
-                yield line
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+class Lines:
+    """A text file's lines, longer ones in pieces, line ends as \\n."""
+
+    def __init__(self, path: Path, start: int = 0) -> None:
+        self._path = path
+        self._max_characters = MAX_JSON_CHARACTERS if path.suffix == ".jsonl" else MAX_CHARACTERS
+        try:
+            # Some editors begin a file with a byte-order mark.
+            self._file = path.open(encoding="utf-8-sig", newline=None)
+        except OSError as error:
+            raise self.refusal(error) from error
+        self._file.seek(start)
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self.read():
+            yield line
+
+    def read(self) -> str:
+        try:
+            line = self._file.readline(self._max_characters)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self._path} is not UTF-8 text ({error.reason}): convert it to UTF-8{hint(self._path)}"
+            ) from error
+        except OSError as error:
+            raise self.refusal(error) from error
+        if "\0" in line:
+            raise DataError(
+                f"{self._path} holds NUL bytes: it is not text; give a plain UTF-8 text file{hint(self._path)}"
+            )
+        return line
+
+    def position(self) -> int:
+        """What `start` takes to go on after the last line given."""
+        return self._file.tell()
+
+    def refusal(self, error: OSError) -> DataError:
+        return DataError(f"{self._path} cannot be read: {error.strerror}")
 
 
-def paragraph_documents(lines: Iterator[str]) -> Iterator[str]:
+def hint(path: Path) -> str:
+    """What to do with a file that is data, but not text."""
+    return ", or list its folder in data.datasets" if path.suffix in (".parquet", ".arrow", ".gz", ".zst") else ""
+
+
+def paragraph_documents(lines: Iterator[str] | Lines) -> Iterator[str]:
     """Gather paragraphs into documents of about `TARGET_CHARACTERS`."""
     pieces: list[str] = []
     size = 0
     for line in lines:
-        blank = not line.strip()
-        if (blank and size >= TARGET_CHARACTERS) or size >= MAX_CHARACTERS:
+        at_border = size >= TARGET_CHARACTERS and not line.strip()
+        if not at_border:
+            pieces.append(line)
+            size += len(line)
+        if at_border or size >= MAX_CHARACTERS:
             yield from not_empty(pieces)
             pieces, size = [], 0
+    yield from not_empty(pieces)
+
+
+def whole_documents(lines: Iterator[str] | Lines) -> Iterator[str]:
+    """One document, or several of `MAX_CHARACTERS`."""
+    pieces: list[str] = []
+    size = 0
+    for line in lines:
         pieces.append(line)
         size += len(line)
+        if size >= MAX_CHARACTERS:
+            yield from not_empty(pieces)
+            pieces, size = [], 0
     yield from not_empty(pieces)
 
 
@@ -67,7 +153,7 @@ def not_empty(pieces: list[str]) -> Iterator[str]:
         yield text + "\n"
 
 
-def json_documents(lines: Iterator[str], path: Path) -> Iterator[str]:
+def json_documents(lines: Iterator[str] | Lines, path: Path) -> Iterator[str]:
     """Read one JSON object a line."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -1,0 +1,99 @@
+"""A source's text in files on this disk, and the files, folders and globs that a recipe's `data.files` names."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import DataError
+from shared.files import sha256_file
+from trainer.corpus.documents import FileDocuments
+
+log = logging.getLogger("trainer")
+
+BYTES_LOOKED_AT = 8_192
+"""A file in a folder is text where as much of its beginning is."""
+
+
+@dataclass(frozen=True)
+class FileText:
+    """One source's text in files."""
+
+    source: str
+    paths: tuple[Path, ...]
+    origin: str
+
+    @property
+    def max_tokens(self) -> None:
+        """Files end by themselves."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(f"{path.suffix} {sha256_file(path)};".encode())
+        return {"text_sha256": digest.hexdigest()}
+
+    def open(self, position: Any = None) -> FileDocuments:
+        return FileDocuments(self.paths, position)
+
+
+def named_files(source: str, patterns: Sequence[str]) -> FileText:
+    """Return the files that some paths, folders and globs stand for, each once, in the order given, then by name.
+
+    Raises:
+        DataError: one of them leads to no file, or to an empty one.
+    """
+    paths: dict[Path, None] = {}
+    for pattern in patterns:
+        found = files_of(Path(pattern).expanduser())
+        if not found:
+            raise DataError(f"data.files of {source!r}: {pattern} leads to no text file; give a file, folder or glob")
+        paths |= dict.fromkeys(found)
+    for path in paths:
+        if path.stat().st_size == 0 and len(paths) == 1:
+            raise DataError(f"{path} is empty: fill it, or take it out of data.files")
+    text = FileText(source, tuple(paths), f"{len(paths)} files of {', '.join(patterns)}")
+    log.info("%s: %s (%s bytes), as data.files says", source, text.origin, f"{text.num_bytes:,}")
+    return text
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file stands for itself, a folder for the text files below it, a glob for the files it matches."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return text_files_below(path)
+    return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+
+
+def text_files_below(folder: Path) -> list[Path]:
+    """Every file that looks like text; says how many do not. What begins with a dot is passed over."""
+    visible = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    texts = [path for path in visible if looks_like_text(path)]
+    if others := len(visible) - len(texts):
+        log.info("%s: %d files are not UTF-8 text and are passed over", folder, others)
+    return texts
+
+
+def looks_like_text(path: Path) -> bool:
+    with path.open("rb") as file:
+        beginning = file.read(BYTES_LOOKED_AT)
+    try:
+        beginning.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(beginning) - 3:  # the end may cut a character in two
+            return False
+    return bool(beginning) and b"\0" not in beginning
