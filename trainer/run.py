@@ -20,6 +20,7 @@ from trainer.prepare import PreparedData
 from trainer.run_folder import RunFolder
 from trainer.run_log import RunLog
 from trainer.sample import sample_texts
+from trainer.saver import Saver
 from trainer.signals import StopRequest
 from trainer.state import Best, Checkpoints, check_free_space
 from trainer.train import StepResult, Trainer
@@ -50,6 +51,7 @@ class Run:
         self.peak = peak_flops(self.trainer.device, self.trainer.dtype)
         self.checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
         self.checkpoints.clear_half_written()
+        self.saver = Saver(self.checkpoints)
         self.sick_at: int | None = None
         if (state := self.checkpoints.load_newest()) is not None:
             self.trainer.restore(state)
@@ -78,21 +80,29 @@ class Run:
             self.record_run("running")
             try:
                 while True:
+                    self.saver.check()
                     self.observe(lambda: stop.requested)
-                    if stop.requested or self.owes_save():
+                    stopping = stop.requested  # read once: a signal from here on counts after the next update
+                    if stopping or self.owes_save():
                         self.save()
-                    if stop.requested or self.step == self.config.num_steps:
+                    if stopping or self.step == self.config.num_steps:
                         break
                     self.advance(stop)
                 if self.step == self.config.num_steps and self.finish(lambda: stop.requested):
                     return "finished"
+                self.saver.wait()
                 self.record_run("stopped")
                 self.log.say(
                     f"stopped at step {self.step}/{self.config.num_steps} and saved; the same command goes on from here"
                 )
                 return "stopped"
             finally:
-                self.metrics.close()
+                self.close()
+
+    def close(self) -> None:
+        """Let go of files and threads; a save under way is finished first."""
+        self.saver.close()
+        self.metrics.close()
 
     def advance(self, stop: StopRequest) -> None:
         """Do one update. Where anything looks at its result, make sure first that it is a result."""
@@ -126,8 +136,10 @@ class Run:
         return bool(self.config.prompts) and due and self.step not in self.metrics.sampled_steps
 
     def owes_save(self) -> bool:
+        """Whether to save now; what falls due while the save before is still being written waits until it is done."""
         is_last = self.step == self.config.num_steps
-        return self.step > self.saved_step and (is_last or self.step % self.config.save_every == 0)
+        is_overdue = self.step // self.config.save_every > self.saved_step // self.config.save_every
+        return self.step > self.saved_step and (is_last or (is_overdue and not self.saver.is_busy))
 
     # What is done around a step
 
@@ -189,10 +201,10 @@ class Run:
             rows = self.metrics.of_kind("train", after=stage.start_step, through=stage.end_step)
             evaluations = self.metrics.of_kind("evaluation", after=stage.start_step - 1, through=stage.end_step)
             self.log.say(report.stage_summary(ended + 1, stage, rows, evaluations))
-        best = self.checkpoints.best()
+        best = self.saver.best
         if self.step > 0 and results and (best is None or mean_loss(results) < best.loss):
             self.save()
-            self.checkpoints.mark_best(Best(self.step, mean_loss(results)))
+            self.saver.mark_best(Best(self.step, mean_loss(results)))
 
     def train_gaps(self, held_out: dict[str, float], earlier: list[dict[str, Any]]) -> dict[str, float]:
         """Held-out minus train loss per source, the latter averaged over the rows since the evaluation before."""
@@ -222,11 +234,14 @@ class Run:
             self.log.say(report.samples_text(self.step, rows))
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one."""
+        """Begin a checkpoint, unless this step has one. What is no number is never saved."""
         if self.step == self.saved_step:
             return
+        if not self.trainer.is_healthy():  # a signal may have come after the last look
+            self.roll_back()
+            return
         with self.clock.apart("saves"):
-            self.checkpoints.save(self.trainer.state())
+            self.saver.save(self.trainer.state())
         self.saved_step = self.step
 
     def roll_back(self) -> None:
@@ -236,9 +251,11 @@ class Run:
             ConfigError: it happened a second time without getting further.
         """
         sick = self.step
+        self.saver.wait()
         self.trainer.start_afresh()
         if (state := self.checkpoints.load_newest()) is not None:
             self.trainer.restore(state)
+        self.saver.best = self.checkpoints.best()
         self.saved_step = self.logged_step = self.step
         self.metrics.rewind(self.step)
         self.record_run("running")
@@ -287,6 +304,8 @@ class Run:
             )
         if export is None:
             return False
+        with self.clock.apart("saves"):
+            self.saver.wait()
         self.log.say(f"plots in {plots[0].parent}: {', '.join(path.name for path in plots)}\n{export.summary()}")
         self.log.say(
             report.time_summary(

@@ -190,7 +190,7 @@ def test_stopped_during_evaluation_the_debt_is_paid_later(root: Path, log: RunLo
         run.advance(StopRequest())
     run.observe(lambda: True)  # a signal has come: step 5's evaluation is not begun
     run.save()
-    run.metrics.close()
+    run.close()
     resumed = open_run(root, log)
     assert resumed.owes_evaluation()
     assert resumed.to_the_end() == "finished"
@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since(root: Path, log: RunLog
         if run.owes_save():
             run.save()
         run.advance(StopRequest())
-    run.metrics.close()
+    run.close()
     newest = run.checkpoints.steps()[-1]
     (run.checkpoints.path(newest) / "state.pt").write_bytes(b"gone")
     resumed = open_run(root, log)
@@ -271,7 +271,7 @@ def test_all_checkpoints_damaged_is_said(root: Path, log: RunLog) -> None:
     run = open_run(root, log)
     run.advance(StopRequest())
     run.save()
-    run.metrics.close()
+    run.close()
     (run.checkpoints.path(1) / "state.pt").unlink()
     with pytest.raises(WeightsError, match="all 1 checkpoints in"):
         open_run(root, log)
