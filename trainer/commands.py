@@ -17,11 +17,13 @@ from trainer import report
 from trainer.config import Directories, PromptSection, TrainConfig
 from trainer.evaluate import evaluate as evaluate_model
 from trainer.export import export_model
+from trainer.follower import follow
 from trainer.hardware import Hardware
 from trainer.plan import describe_needs
 from trainer.plan import plan as make_plan
 from trainer.plot import plot_run
 from trainer.prepare import PreparedData
+from trainer.processes import Processes
 from trainer.recipe import load_recipe
 from trainer.recipe_data import load_data, prepare_data
 from trainer.run import Run, export_details
@@ -70,13 +72,26 @@ def train(options: Options) -> list[str]:
         show_messages()
         return [describe_plan(config, prepare_data(config.data, directories)), "dry run: nothing was trained"]
     folder = RunFolder(directories.runs_dir / checked_name(options.run or config.name))
+    processes = Processes.join(config.device)
+    if processes.is_leader:
+        lead(config, folder, directories, processes)
+    else:
+        logging.getLogger("trainer").setLevel(logging.ERROR)
+        data = processes.in_turn(lambda: prepare_data(config.data, directories))
+        follow(config, data, folder, processes)
+    processes.leave()
+    return []
+
+
+def lead(config: TrainConfig, folder: RunFolder, directories: Directories, processes: Processes) -> None:
+    """Be the process that decides, logs and saves; usually the only one."""
     with folder.locked():
         folder.open(config)
         with RunLog(folder.training_log) as log, storage_errors(folder.path):
-            data = prepare_data(config.data, directories)
+            data = processes.in_turn(lambda: prepare_data(config.data, directories))
             log.say(describe_plan(config, data))
-            Run(config, data, folder, models_dir=directories.models_dir, log=log).to_the_end()
-    return []
+            run = Run(config, data, folder, models_dir=directories.models_dir, log=log, processes=processes)
+            run.to_the_end()
 
 
 def evaluate(options: Options) -> list[str]:

@@ -25,7 +25,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Directories(BaseSettings):
-    """Where things are: `SMOLLM_DATA_DIR` and its neighbours. The trainer reads no other environment."""
+    """Where things are: `SMOLLM_DATA_DIR` and its neighbours. Besides these only `Torchrun` reads the environment."""
 
     model_config = SettingsConfigDict(env_prefix="SMOLLM_", env_file=".env", extra="ignore", frozen=True)
 
@@ -33,6 +33,23 @@ class Directories(BaseSettings):
     text_dir: Path | None = Field(None, description="your text, where it is not in data_dir; never written to")
     runs_dir: Path = Field(Path("runs"), description="training runs: logs, plots, checkpoints")
     models_dir: Path = Field(Path("models"), description="exports, which the service offers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Torchrun:
+    """What `torchrun` tells each process it starts."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def read(cls) -> Torchrun | None:
+        """Return it, or None in a process that torchrun did not start."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return None
+        return cls(**{field.name: int(os.environ[field.name.upper()]) for field in dataclasses.fields(cls)})
 
 
 class Section(BaseModel):
@@ -181,6 +198,9 @@ class TrainConfig(Section):
         "auto", description="arithmetic of the forward pass; weights and optimizer stay fp32"
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: on CUDA only")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="under torchrun: ddp (each process holds everything) or fsdp (FSDP2: each holds a shard)"
+    )
     deterministic: bool = Field(False, description="on CUDA: only kernels that give the same bits every time")
     num_threads: Count = Field(0, description="CPU threads; 0: the CPU quota or affinity, whichever is smaller")
 
@@ -204,6 +224,10 @@ class TrainConfig(Section):
         if self.min_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"min_learning_rate {self.min_learning_rate:g} is above learning_rate {self.learning_rate:g}; lower it"
+            )
+        if self.parallel == "fsdp" and self.optimizer != "adamw":
+            raise ConfigError(
+                f'parallel = "fsdp" goes with optimizer = "adamw", not with {self.optimizer!r}; use "ddp"'
             )
         if self.warmup_steps >= self.num_steps:
             raise ConfigError(f"warmup_steps is {self.warmup_steps}; it must be less than num_steps {self.num_steps}")
@@ -248,6 +272,7 @@ SAFE_ON_RESUME = frozenset(
         "gradient_accumulation_steps",
         "device",
         "compile",
+        "parallel",
         "deterministic",
         "num_threads",
         "data.max_epochs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from shared.device import peak_flops
 from shared.errors import ConfigError
+from shared.model import SmolLM2
 from trainer import report
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate, mean_loss
@@ -17,6 +19,7 @@ from trainer.metrics import MFU_FORMULA, Clock, Metrics, flops_per_token
 from trainer.optimizer import describe_groups
 from trainer.plot import plot_run
 from trainer.prepare import PreparedData
+from trainer.processes import Command, Processes
 from trainer.run_folder import RunFolder
 from trainer.run_log import RunLog
 from trainer.sample import sample_texts
@@ -35,9 +38,19 @@ class Run:
     """One recipe trained into one folder, from wherever it was left."""
 
     def __init__(
-        self, config: TrainConfig, data: PreparedData, folder: RunFolder, *, models_dir: Path, log: RunLog
+        self,
+        config: TrainConfig,
+        data: PreparedData,
+        folder: RunFolder,
+        *,
+        models_dir: Path,
+        log: RunLog,
+        processes: Processes | None = None,
     ) -> None:
         """Open the run and restore its newest whole checkpoint, if it has one.
+
+        Args:
+            processes: those that train it together; this one leads, the others `follow`.
 
         Raises:
             ConfigError: the folder holds a run of another recipe or of other data.
@@ -47,15 +60,14 @@ class Run:
         self.config, self.data, self.folder, self.log = config, data, folder, log
         self.export_folder = models_dir / (config.export_name or folder.name)
         self.stages = config.curriculum_stages()
-        self.trainer = Trainer(config, data)
+        self.processes = processes or Processes()
+        self.trainer = Trainer(config, data, self.processes)
         self.peak = peak_flops(self.trainer.device, self.trainer.dtype)
         self.checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
         self.checkpoints.clear_half_written()
         self.saver = Saver(self.checkpoints)
         self.sick_at: int | None = None
-        if (state := self.checkpoints.load_newest()) is not None:
-            self.trainer.restore(state)
-        else:
+        if not self.restore_newest():
             per_checkpoint = self.trainer.model_config.num_parameters * FP32_COPIES_SAVED * BYTES_OF_FP32
             check_free_space(folder.path, per_checkpoint * (config.keep_checkpoints + 2))
         self.first_step = self.saved_step = self.logged_step = self.trainer.step
@@ -66,6 +78,16 @@ class Run:
     def step(self) -> int:
         """Updates done."""
         return self.trainer.step
+
+    def restore_newest(self) -> bool:
+        """Take over the newest whole checkpoint, in every process; False where there is none."""
+        state = self.checkpoints.load_newest(keep_shards=self.trainer.is_sharded)
+        self.processes.tell(Command.RESTORE, state["step"] if state else 0)
+        self.trainer.start_afresh()
+        if state is None:
+            return False
+        self.trainer.restore(state)
+        return True
 
     def to_the_end(self) -> Literal["finished", "stopped"]:
         """Train until the last step, or until a signal asks to stop; then export.
@@ -103,10 +125,15 @@ class Run:
         """Let go of files and threads; a save under way is finished first."""
         self.saver.close()
         self.metrics.close()
+        with contextlib.suppress(RuntimeError):  # the others may be gone already
+            self.processes.tell(Command.END)
 
     def advance(self, stop: StopRequest) -> None:
         """Do one update. Where anything looks at its result, make sure first that it is a result."""
-        result = self.trainer.train_step(lambda: stop.is_urgent)
+        if self.processes.tell(Command.STEP):
+            stop.ask()
+        # Processes that share a step cannot give it up one by one.
+        result = self.trainer.train_step(lambda: stop.is_urgent and self.processes.is_alone)
         if result is None:
             return
         is_logged = self.step == 1 or self.is_due(self.config.log_every)  # the first tells a person that it runs
@@ -180,7 +207,7 @@ class Run:
     def evaluate(self, should_stop: Callable[[], bool]) -> None:
         """Measure held-out loss per source, say what it means, keep the checkpoint if it is the best so far."""
         results = evaluate(
-            self.trainer.model,
+            self.whole_model(),
             self.data.token_files,
             sequence_length=self.config.sequence_length,
             max_windows=self.config.evaluate_windows,
@@ -219,7 +246,7 @@ class Run:
     def sample(self, should_stop: Callable[[], bool]) -> None:
         """Continue the recipe's prompts and record the texts."""
         rows = sample_texts(
-            self.trainer.model,
+            self.whole_model(),
             self.data.tokenizer,
             self.config.prompts,
             step=self.step,
@@ -241,8 +268,24 @@ class Run:
             self.roll_back()
             return
         with self.clock.apart("saves"):
-            self.saver.save(self.trainer.state())
+            if self.trainer.is_sharded:
+                self.saver.wait()
+                self.checkpoints.save(self.trainer.state(), self.write_shards)
+            else:
+                self.saver.save(self.trainer.state())
         self.saved_step = self.step
+
+    def write_shards(self, folder: Path) -> None:
+        """Let every process write its part of a checkpoint; training waits for it."""
+        self.processes.tell(Command.SAVE_SHARDS)
+        self.processes.share_text(str(folder.absolute()))
+        self.trainer.write_shards(folder)
+
+    def whole_model(self) -> SmolLM2:
+        """The network with all its weights, for what the leader does alone."""
+        if self.trainer.is_sharded:
+            self.processes.tell(Command.GATHER)
+        return self.trainer.whole_model()
 
     def roll_back(self) -> None:
         """After a loss that is no number: go back to the last good state and try again, once.
@@ -252,9 +295,7 @@ class Run:
         """
         sick = self.step
         self.saver.wait()
-        self.trainer.start_afresh()
-        if (state := self.checkpoints.load_newest()) is not None:
-            self.trainer.restore(state)
+        self.restore_newest()
         self.saver.best = self.checkpoints.best()
         self.saved_step = self.logged_step = self.step
         self.metrics.rewind(self.step)
@@ -295,7 +336,7 @@ class Run:
         with self.clock.apart("export"):
             export = export_model(
                 self.export_folder,
-                self.trainer.model,
+                self.whole_model(),
                 self.data.tokenizer,
                 self.data.token_files,
                 trained_length=self.config.sequence_length,

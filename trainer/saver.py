@@ -118,6 +118,6 @@ def copies_done() -> Callable[[], None]:
     """Return what waits until the copies asked for so far have arrived; updates asked for later come after them."""
     if not torch.cuda.is_available():
         return lambda: None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event.synchronize

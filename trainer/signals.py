@@ -27,8 +27,12 @@ class StopRequest:
         return self
 
     def handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self.requested_at = time.monotonic()
+        self.ask()
         self.restore()
+
+    def ask(self) -> None:
+        """Ask as a signal would."""
+        self.requested_at = self.requested_at or time.monotonic()
 
     @property
     def requested(self) -> bool:

@@ -1,7 +1,8 @@
 """Checkpoints: all that a killed run needs to go on bit for bit, written so that a crash leaves the previous one whole.
 
     checkpoints/step-00000500/state.pt         weights and optimizer in fp32, step, recipe, data hash, random state
-    checkpoints/step-00000500/manifest.json    size and sha256 of state.pt; written last
+    checkpoints/step-00000500/shard-*.safetensors   weights and optimizer where processes hold shards of them (FSDP2)
+    checkpoints/step-00000500/manifest.json    size and sha256 of every file; written last
     checkpoints/best.json                      the step with the lowest held-out loss
 
 A folder appears under its name by one rename. What cannot be trusted is passed over with a message, never deleted
@@ -14,6 +15,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ from typing import Any
 from shared.checkpoint import load_tensors, save_tensors
 from shared.errors import StorageError, WeightsError
 from shared.files import atomic_folder, sha256_file, write_atomically
+from trainer.shards import read_whole
 
 logger = logging.getLogger("trainer")
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -63,23 +66,25 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def save(self, payload: dict[str, Any]) -> None:
+    def save(self, payload: dict[str, Any], write_shards: Callable[[Path], None] | None = None) -> None:
         """Write `payload`, whose "step" names it, then drop what is neither among the newest nor the best.
+
+        Args:
+            write_shards: writes the numbers that are not in `payload` into the folder it is given.
 
         Raises:
             StorageError: the disk refused; every earlier checkpoint is still there.
         """
         step = int(payload["step"])
         with atomic_folder(self.path(step)) as folder:
-            state = folder / "state.pt"
-            save_tensors(state, payload)
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "data_hash": payload["data_hash"],
-                "bytes": state.stat().st_size,
-                "sha256": sha256_file(state),
+            if write_shards is not None:
+                write_shards(folder)
+            save_tensors(folder / "state.pt", {**payload, "in_shards": write_shards is not None})
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                for path in sorted(folder.iterdir())
             }
+            manifest = {"format": FORMAT, "step": step, "data_hash": payload["data_hash"], "files": files}
             write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         self.damaged.discard(step)
         self.prune()
@@ -92,28 +97,25 @@ class Checkpoints:
                 shutil.rmtree(self.path(step), ignore_errors=True)
         self.damaged.clear()
 
-    def load(self, step: int) -> dict[str, Any]:
+    def load(self, step: int, *, keep_shards: bool = False, check: bool = True) -> dict[str, Any]:
         """Read one checkpoint after checking every byte of it.
+
+        Args:
+            keep_shards: leave shards on the disk, for processes that read each their own; "shards" says where.
+            check: not where another process has just done it.
 
         Raises:
             WeightsError: it is missing, half-written or damaged.
         """
         folder = self.path(step)
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            size, digest, version = manifest["bytes"], manifest["sha256"], manifest["format"]
-        except FileNotFoundError:
-            raise WeightsError(f"checkpoint {folder} is missing or half-written") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsError(f"checkpoint {folder} has an unreadable manifest ({error})") from error
-        if version != FORMAT:
-            raise WeightsError(f"checkpoint {folder} has format {version}; this trainer reads format {FORMAT}")
-        state = folder / "state.pt"
-        if not state.is_file() or state.stat().st_size != size or sha256_file(state) != digest:
-            raise WeightsError(f"checkpoint {state} is not what its manifest describes; it is damaged")
-        return load_tensors(state)
+        if check:
+            check_files(folder)
+        payload = load_tensors(folder / "state.pt")
+        if not payload["in_shards"]:
+            return payload
+        return {**payload, "shards": folder} if keep_shards else read_whole(folder, payload)
 
-    def load_newest(self) -> dict[str, Any] | None:
+    def load_newest(self, *, keep_shards: bool = False) -> dict[str, Any] | None:
         """Read the newest checkpoint that is whole, saying which ones are not; None where there are none at all.
 
         Raises:
@@ -122,7 +124,7 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return self.load(step)
+                return self.load(step, keep_shards=keep_shards)
             except WeightsError as error:
                 logger.warning("%s; passing over it", error)
                 self.damaged.add(step)
@@ -162,6 +164,29 @@ class Checkpoints:
         assert self.path(best.step).is_dir(), "save the checkpoint before marking it"
         write_atomically(self.folder / "best.json", json.dumps({"step": best.step, "loss": best.loss}) + "\n")
         self.prune()
+
+
+def check_files(folder: Path) -> None:
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        WeightsError: it is missing, half-written or damaged.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        version = manifest["format"]
+        files = manifest["files"] if version == FORMAT else {}
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise WeightsError(f"checkpoint {folder} is missing or half-written") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"checkpoint {folder} has an unreadable manifest ({error})") from error
+    if version != FORMAT:
+        raise WeightsError(f"checkpoint {folder} has format {version}; this trainer reads format {FORMAT}")
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size or sha256_file(path) != digest:
+            raise WeightsError(f"checkpoint {path} is not what its manifest describes; it is damaged")
 
 
 def check_free_space(folder: Path, needed_bytes: int) -> None:

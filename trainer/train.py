@@ -6,17 +6,21 @@ started again ends with the same bits as one left in peace. The loop around it i
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim import Optimizer
 
 from shared.config import ModelConfig
+from shared.device import Choice
 from shared.errors import ConfigError
 from shared.model import SmolLM2
 from shared.tokenizer import Tokenizer
@@ -26,7 +30,10 @@ from trainer.curriculum import Curriculum
 from trainer.hardware import Hardware
 from trainer.loss import IGNORED
 from trainer.optimizer import build_optimizer, set_learning_rate
+from trainer.parallel import StepLosses, gradients_meet, like, share, whole, whole_weights
 from trainer.prepare import PreparedData
+from trainer.processes import Processes
+from trainer.shards import make_averages, named_tensors, read_shards, write_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +54,33 @@ class StepResult:
 class Trainer:
     """The network, its optimizer and its batches; `step` updates are done."""
 
-    def __init__(self, config: TrainConfig, data: PreparedData) -> None:
+    def __init__(self, config: TrainConfig, data: PreparedData, processes: Processes | None = None) -> None:
         """Make a network with fresh weights.
+
+        Args:
+            processes: those that train it together; all of them must make a Trainer.
 
         Raises:
             ConfigError: sizes that do not fit together, or a device this machine has not.
             TokenizerError: the tokenizer is not the model's.
+            DataError: another process has other data.
         """
         self.config, self.data = config, data
+        self.processes = processes or Processes()
+        self.is_sharded = config.parallel == "fsdp" and not self.processes.is_alone
         self.model_config = network_shape(config, data.tokenizer)
         self.hardware = Hardware.choose(config)
+        if self.is_sharded and self.hardware.compile.value:
+            off = Choice(False, "FSDP2 brings each layer's weights in between")
+            self.hardware = dataclasses.replace(self.hardware, compile=off)
+        if self.processes.local_world_size > 1 and config.num_threads == 0:
+            torch.set_num_threads(max(1, torch.get_num_threads() // self.processes.local_world_size))
         self.device, self.dtype = self.hardware.device, self.hardware.dtype
         self.row_losses = self.hardware.row_losses()
+        self.my_rows = self.processes.share_of(config.batch_size, config.micro_batch_size)
         curriculum = Curriculum(config.curriculum_stages(), config.batch_size)
         self.batches = Batches(data.token_files, curriculum, seed=config.seed, sequence_length=config.sequence_length)
+        self.processes.agree_on("data", self.batches.data_hash)
         self.schedule = config.build_schedule()
         self.start_afresh()
 
@@ -72,6 +92,9 @@ class Trainer:
         residual_scale = (2 * self.model_config.num_hidden_layers) ** -0.5 if scaled else 1.0
         self.model.initialize(self.config.seed, residual_scale=residual_scale)
         self.model.to(self.device)
+        self.losses = share(
+            StepLosses(self.model, self.row_losses, self.dtype), self.processes, kind=self.config.parallel
+        )
         self.optimizer = build_optimizer(self.model, self.config, self.device)
         self.healthy = torch.ones((), dtype=torch.bool, device=self.device)
         self.step = 0
@@ -83,8 +106,9 @@ class Trainer:
     def train_step(self, give_up: Callable[[], bool] = lambda: False) -> StepResult | None:
         """Do the next update, or leave everything as it was and return None where `give_up` says so in between.
 
-        The loss of every micro-batch is divided by the valid tokens of the whole step, so how the rows are split
-        changes no gradient. Nothing here waits for the device.
+        The loss of every micro-batch is divided by the valid tokens of the whole step, so how the rows are split,
+        over micro-batches or processes, changes no gradient; processes sum theirs once, after their last micro-batch.
+        Nothing here waits for the device.
         """
         config = self.config
         batch = self.batches.batch_at(self.step)
@@ -94,22 +118,23 @@ class Trainer:
         valid_B = (batch.targets_BT != IGNORED).sum(axis=1)
         num_tokens = max(1, int(valid_B.sum()))
         losses: list[Tensor] = []
-        for first in range(0, config.batch_size, config.micro_batch_size):
+        for first in self.my_rows:
             if give_up():
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
             rows = slice(first, first + config.micro_batch_size)
-            losses_B = self.row_losses(self.model, inputs_BT[rows], targets_BT[rows], self.dtype)
-            (losses_B.sum() / num_tokens).backward()  # type: ignore[no-untyped-call]
+            with gradients_meet(self.losses, now=first == self.my_rows[-1]):
+                losses_B = self.losses(inputs_BT[rows], targets_BT[rows])
+                (losses_B.sum() / num_tokens).backward()
             losses.append(losses_B.detach())
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf))
         learning_rate = self.schedule.learning_rate(self.step)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
-        losses_B = torch.cat(losses)
+        losses_B = self.processes.all_rows(torch.cat(losses))
         loss = losses_B.sum() / num_tokens
         self.healthy &= torch.isfinite(loss) & torch.isfinite(grad_norm)
         num_sources = len(self.batches.source_names)
@@ -122,15 +147,20 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on, as tensors and plain values; the tensors are not copied."""
+        """All that the rest of the run depends on, as tensors and plain values; the tensors are not copied.
+
+        Where processes hold shards, the weights and the optimizer's averages are not in it: `write_shards` has them.
+        """
         on_cuda = self.device.type == "cuda"
+        optimizer = self.optimizer.state_dict()
+        weights = {} if self.is_sharded else {name: p.detach() for name, p in self.model.named_parameters()}
         return {
             "step": self.step,
             "recipe": self.config.model_dump_json(),
             "data_hash": self.batches.data_hash,
             "tokenizer_sha256": self.data.tokenizer.sha256,
-            "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
-            "optimizer": self.optimizer.state_dict(),
+            "model": weights,
+            "optimizer": {**optimizer, "state": {}} if self.is_sharded else optimizer,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None,
         }
@@ -148,13 +178,30 @@ class Trainer:
                     f"this run was trained on {what} with hash {state[key][:12]} and here it is {here[:12]}; "
                     "restore the old text, or train under another name with --run NAME"
                 )
-        load_weights(self.model, state["model"])
-        self.optimizer.load_state_dict(copied(state["optimizer"]))
+        if "shards" in state:
+            make_averages(self.optimizer, num_updates=state["step"])
+            read_shards(state["shards"], named_tensors(self.model, self.optimizer))
+        else:
+            load_weights(self.model, state["model"])
+            self.optimizer.load_state_dict(laid_out(copied(state["optimizer"]), self.optimizer))
         torch.set_rng_state(state["random"].clone())
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"].clone(), self.device)
         self.healthy = torch.ones((), dtype=torch.bool, device=self.device)
         self.step = int(state["step"])
+
+    def write_shards(self, folder: Path) -> None:
+        """Write this process's part of what `state` leaves out; all processes must."""
+        write_shards(folder, named_tensors(self.model, self.optimizer))
+
+    def whole_model(self) -> SmolLM2:
+        """Return the network with all its weights; where they lie in shards, a copy. All processes must ask."""
+        if not self.is_sharded:
+            return self.model
+        weights = whole_weights(self.model)
+        model = SmolLM2(self.model_config).to(self.device)
+        load_weights(model, weights)
+        return model
 
 
 def network_shape(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -174,7 +221,18 @@ def load_weights(model: SmolLM2, tensors: Mapping[str, Tensor]) -> None:
     assert parameters.keys() == tensors.keys(), "a checkpoint's recipe is compared before its weights are read"
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(like(tensors[name], parameter))
+
+
+def laid_out(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Lay an optimizer's saved averages out as its parameters are: whole, or in shards."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, numbers in saved["state"].items():
+        shape = parameters[index].shape
+        for key, value in numbers.items():
+            if isinstance(value, Tensor) and value.shape == shape:
+                numbers[key] = like(value, parameters[index])
+    return saved
 
 
 def copied(value: Any) -> Any:
