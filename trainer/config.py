@@ -175,7 +175,9 @@ class TrainConfig(Section):
     micro_batch_size: Positive = Field(description="rows per forward pass; bounded by memory")
     gradient_accumulation_steps: Positive = Field(1, description="forward passes per step")
 
-    optimizer: Literal["adamw"] = Field("adamw", description="AdamW, Loshchilov and Hutter 2017, arXiv 1711.05101")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="adamw (arXiv 1711.05101), or muon (arXiv 2502.16982) for the layers' matrices beside it"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(description="peak")
     min_learning_rate: Annotated[float, Field(ge=0)] = Field(0.0, description="reached after the last step")
     warmup_steps: Count = Field(0, description="steps of linear warmup")
@@ -185,6 +187,7 @@ class TrainConfig(Section):
         (0.9, 0.95), description="AdamW's two averages"
     )
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's floor under the root")
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Muon's average of gradients")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices; never on norms")
     decay_embeddings: bool = Field(True, description="whether weight decay touches embedding and head")
     clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: off")
