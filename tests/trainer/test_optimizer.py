@@ -68,8 +68,8 @@ def test_joint_optimizer_equals_its_parts_alone() -> None:
 
     def optimizers(net: nn.Sequential) -> Sequence[torch.optim.Optimizer]:
         return (
-            torch.optim.Muon([net[0].weight], lr=0.02, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([net[1].weight], lr=0.02, fused=True),
+            torch.optim.Muon([*net[0].parameters()], lr=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([*net[1].parameters()], lr=0.02, fused=True),
         )
 
     together, apart = network(), network()
