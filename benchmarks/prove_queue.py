@@ -130,9 +130,9 @@ class Proof:
         """A random worker that holds streams in the middle, while at least `beside` others serve."""
         while True:
             serving = self.cluster.serving_workers()
-            told = random.choice([one for one in self.open if one.token_ids] or self.open)
-            if len(serving) > beside and told.job_id and told.token_ids:
-                holder = self.cluster.holder_of(told.job_id)
+            begun = [told.job_id for told in self.open if told.token_ids]
+            if len(serving) > beside and begun:
+                holder = self.cluster.holder_of(random.choice(begun))
                 if holder in serving:
                     return holder
             await asyncio.sleep(0.05)

@@ -134,6 +134,7 @@ async def admit(
                 await state.queue.admit(
                     job,
                     key=caller.key,
+                    entitled_to=caller.api_key,
                     priority=PRIORITIES[asked.priority],
                     timeout_s=asked.timeout_s,
                     idempotency=None if key is None else (f"{key}#{place}", body),

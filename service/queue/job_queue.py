@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import redis.asyncio
 
-from service.api_keys import PRIORITIES
+from service.api_keys import ANYBODY, PRIORITIES, ApiKey
 from service.errors import IdempotencyConflict, NotReady, QueueFull
 from service.queue import keys
 from service.queue.connection import answer_in_time
@@ -42,6 +42,7 @@ class JobQueue:
         request: JobRequest,
         *,
         key: str = "",
+        entitled_to: ApiKey = ANYBODY,
         priority: int = 1,
         timeout_s: float,
         idempotency: tuple[str, str] | None = None,
@@ -52,13 +53,15 @@ class JobQueue:
 
         Args:
             key: whose job this is, for fair share; a name or a hash, never the secret itself.
+            entitled_to: that key's weight and limits.
             priority: 0 high, 1 normal, 2 batch.
             timeout_s: from now until the job expires, queued or running.
             idempotency: (Idempotency-Key, hash of the body).
             cancel_on_disconnect: cancel when nobody calls `touch_watch` for 15 s.
 
         Raises:
-            QueueFull: too many jobs or too much cost are waiting; carries `retry_after_s`.
+            QueueFull: too many jobs or too much cost are waiting, in all or of this key, or its rate is used up;
+                carries `retry_after_s`. Who comes back then finds room: it is kept.
             NotReady: no live worker serves the model, or Redis is away or out of memory.
             IdempotencyConflict: the same key came with another body.
         """
@@ -84,13 +87,32 @@ class JobQueue:
             keys.WORKER_ALIVE_MS,
             known_as,
             body,
+            fingerprint(request, key),
+            entitled_to.weight,
+            or_nothing(entitled_to.requests_per_minute),
+            or_nothing(entitled_to.tokens_per_minute),
+            or_nothing(entitled_to.max_queued_jobs),
         )
         if answer in ("admitted", "known"):
             job_id, standing = values
             position, eta_s = read_place(standing)
             return Admission(id=job_id, position=position, eta_s=eta_s, is_new=answer == "admitted")
         if answer == "full":
-            raise self._queue_full(request, *(float(value) for value in values))
+            raise self._queue_full(request, *values)
+        if answer == "key_full":
+            raise QueueFull(
+                f"{values[0]} jobs of this API key wait, and it may have {entitled_to.max_queued_jobs} of them; "
+                "try again when one has begun.",
+                code="key_queue_full",
+                retry_after_s=bounded(values[1] / 1000),
+            )
+        if answer == "rate":
+            raise QueueFull(
+                f"This API key has used up its rate, {describe_rate(entitled_to)}; this request needs {request.cost} "
+                f"tokens: try again in {values[0] / 1000:.1f} s.",
+                code="rate_limited",
+                retry_after_s=values[0] / 1000,
+            )
         if answer == "conflict":
             raise IdempotencyConflict(
                 f"This Idempotency-Key was used for job {values[0]} with another body; use a new key.",
@@ -160,17 +182,36 @@ class JobQueue:
         seconds, microseconds = await self._client.time()
         return int(seconds) * 1000 + int(microseconds) // 1000
 
-    def _queue_full(self, request: JobRequest, queued: float, queued_cost: float, speed: float) -> QueueFull:
-        wait_s = queued_cost / speed if speed > 0 else UNKNOWN_SPEED_RETRY_S
-        # A fifth of jitter, so that refused clients do not come back all at once.
-        wait_s = min(max(wait_s * JITTER.uniform(0.8, 1.2), RETRY_RANGE_S[0]), RETRY_RANGE_S[1])
+    def _queue_full(self, request: JobRequest, queued: int, queued_cost: int, wait_ms: int) -> QueueFull:
+        # Where the speed is unknown nobody was promised anything: jitter, so that they do not come back all at once.
+        wait_s = wait_ms / 1000 or UNKNOWN_SPEED_RETRY_S * random.uniform(0.8, 1.2)
         limits = self.limits
         return QueueFull(
-            f"The queue of {request.model!r} is full: {queued:.0f} of {limits.max_queued_jobs} jobs and "
-            f"{queued_cost:.0f} of {limits.max_queued_tokens} tokens wait, and this request needs {request.cost}; "
+            f"The queue of {request.model!r} is full: {queued} of {limits.max_queued_jobs} jobs and "
+            f"{queued_cost} of {limits.max_queued_tokens} tokens wait, and this request needs {request.cost}; "
             f"try again in {wait_s:.1f} s.",
-            retry_after_s=round(wait_s, 3),
+            retry_after_s=wait_s,
         )
+
+
+def fingerprint(request: JobRequest, key: str) -> str:
+    """Return what tells that a request was refused before: all of it but the seed, which may be drawn anew."""
+    sampling = {name: value for name, value in request.sampling.items() if name != "seed"}
+    text = repr((key, request.model, request.prompt_ids, request.max_new_tokens, sampling, request.stop))
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def or_nothing(limit: float | None) -> float | str:
+    return "" if limit is None else limit
+
+
+def bounded(wait_s: float) -> float:
+    return min(max(wait_s, RETRY_RANGE_S[0]), RETRY_RANGE_S[1])
+
+
+def describe_rate(key: ApiKey) -> str:
+    limits = ((key.requests_per_minute, "requests"), (key.tokens_per_minute, "tokens"))
+    return " and ".join(f"{limit:g} {what} a minute" for limit, what in limits if limit is not None)
 
 
 def new_job_id() -> str:

@@ -15,7 +15,7 @@ end
 
 local totals = {}
 for _, model in ipairs(redis.call('ZRANGE', MODELS, 0, -1)) do
-  totals[model] = { queued = 0, queued_cost = 0, running = 0, running_cost = 0 }
+  totals[model] = { queued = 0, queued_cost = 0, running = 0, running_cost = 0, of_keys = {} }
   for class = 0, 2 do
     local line = BACKLOG .. model .. ':' .. class
     for _, id in ipairs(redis.call('ZRANGE', line, 0, -1)) do
@@ -31,11 +31,12 @@ for _, id in ipairs(redis.call('ZRANGE', WATCHES, 0, -1)) do
 end
 for _, id in ipairs(redis.call('ZRANGE', DEADLINES, 0, -1)) do
   if present(DEADLINES, id) then
-    local job = redis.call('HMGET', JOB .. id, 'model', 'state', 'cost')
+    local job = redis.call('HMGET', JOB .. id, 'model', 'state', 'cost', 'key')
     local total = totals[job[1]]
     if total and total[job[2]] then
       total[job[2]] = total[job[2]] + 1
       total[job[2] .. '_cost'] = total[job[2] .. '_cost'] + job[3]
+      if job[2] == 'queued' then total.of_keys[job[4]] = (total.of_keys[job[4]] or 0) + 1 end
     end
   end
 end
@@ -43,6 +44,10 @@ for model, total in pairs(totals) do
   if redis.call('EXISTS', COUNTS .. model) == 1 then
     redis.call('HSET', COUNTS .. model, 'queued', total.queued, 'queued_cost', total.queued_cost,
       'running', total.running, 'running_cost', total.running_cost)
+    for _, field in ipairs(redis.call('HKEYS', COUNTS .. model)) do
+      if string.sub(field, 1, 2) == 'k:' then redis.call('HDEL', COUNTS .. model, field) end
+    end
+    for key, jobs in pairs(total.of_keys) do redis.call('HSET', COUNTS .. model, 'k:' .. key, jobs) end
   end
 end
 return removed

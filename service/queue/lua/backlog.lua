@@ -1,4 +1,28 @@
--- Take a job out of its line. An empty line forgets its virtual times: nobody owes anybody anything.
+-- The lines of waiting jobs, and the counters that go with them.
+local function count(model, state, jobs, cost)
+  redis.call('HINCRBY', COUNTS .. model, state, jobs)
+  redis.call('HINCRBY', COUNTS .. model, state .. '_cost', jobs * cost)
+end
+
+local function counts_of(model, key)
+  local fields = redis.call('HMGET', COUNTS .. model, 'queued', 'queued_cost', 'speed', 'promised', 'k:' .. key)
+  for i = 1, 5 do fields[i] = tonumber(fields[i] or 0) end
+  return { queued = fields[1], queued_cost = fields[2], speed = fields[3], promised = fields[4], of_key = fields[5] }
+end
+
+-- `owed` is the cost by the weight of the key, which is what its next jobs stand behind.
+local function join_backlog(id, model, class, key, cost, owed, expires)
+  local line, share = BACKLOG .. model .. ':' .. class, SHARE .. model .. ':' .. class
+  local times = redis.call('HMGET', share, 'v', 'k:' .. key)
+  local tag = math.max(tonumber(times[1] or 0), tonumber(times[2] or 0)) + owed
+  redis.call('HSET', share, 'k:' .. key, tag)
+  redis.call('ZADD', line, tag, id)
+  count(model, 'queued', 1, cost)
+  redis.call('HINCRBY', COUNTS .. model, 'k:' .. key, 1)
+  for _, shared in ipairs({ line, share, COUNTS .. model }) do live_until(shared, expires) end
+end
+
+-- An empty line forgets its virtual times: nobody owes anybody anything.
 local function leave_backlog(id, model, class)
   local line = BACKLOG .. model .. ':' .. class
   redis.call('ZREM', line, id)
@@ -7,7 +31,9 @@ local function leave_backlog(id, model, class)
   end
 end
 
-local function count(model, state, jobs, cost)
-  redis.call('HINCRBY', COUNTS .. model, state, jobs)
-  redis.call('HINCRBY', COUNTS .. model, state .. '_cost', jobs * cost)
+local function no_longer_queued(model, key, cost)
+  count(model, 'queued', -1, cost)
+  if redis.call('HINCRBY', COUNTS .. model, 'k:' .. key, -1) <= 0 then
+    redis.call('HDEL', COUNTS .. model, 'k:' .. key)
+  end
 end

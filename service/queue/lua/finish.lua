@@ -4,11 +4,14 @@
 -- ARGV per job: id attempt first last length chunk state reason stop_sequence error prefill_ms
 local now, answers = now_ms(), {}
 
--- Cost served per second: this job's own rate times the jobs that ran beside it (Little's law), smoothed.
+-- Cost served per second: this job's own rate times the jobs that ran beside it (Little's law), smoothed. Those that
+-- end in this same step ran beside it too, so they are counted before the first of them is closed.
+local beside = {}
 local function measure(id, model)
   local job = redis.call('HMGET', JOB .. id, 'cost', 'leased')
   local counts = redis.call('HMGET', COUNTS .. model, 'running', 'speed')
-  local sample = job[1] * 1000 / math.max(1, now - job[2]) * counts[1]
+  beside[model] = beside[model] or counts[1]
+  local sample = job[1] * 1000 / math.max(1, now - job[2]) * beside[model]
   local speed = tonumber(counts[2] or 0)
   redis.call('HSET', COUNTS .. model, 'speed', speed > 0 and 0.8 * speed + 0.2 * sample or sample)
 end

@@ -24,7 +24,7 @@ while #taken < slots do
     redis.call('DEL', BELL .. model) -- nothing is left to be woken for
     break
   end
-  local job = redis.call('HMGET', JOB .. id, 'cost', 'deadline')
+  local job = redis.call('HMGET', JOB .. id, 'cost', 'deadline', 'key')
   if not job[1] then
     leave_backlog(id, model, class)
   elseif tonumber(job[2]) <= now then
@@ -35,7 +35,7 @@ while #taken < slots do
     room = room - job[1]
     redis.call('HSET', SHARE .. model .. ':' .. class, 'v', tag)
     leave_backlog(id, model, class)
-    count(model, 'queued', -1, job[1])
+    no_longer_queued(model, job[3], job[1])
     count(model, 'running', 1, job[1])
     redis.call('HINCRBY', COUNTS .. model, 'picks', 1)
     taken[#taken + 1] = lease(id, 1, worker, revision, now, lease_ms)

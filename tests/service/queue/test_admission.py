@@ -70,15 +70,6 @@ async def test_room_returns_with_every_kind_of_ending(bench: Bench) -> None:
     assert states == ["succeeded", "cancelled", "expired", "failed"]
 
 
-async def test_retry_after_follows_the_measured_speed(bench: Bench) -> None:
-    with_limits(bench, max_queued_jobs=1)
-    await bench.admit()
-    bench.client.hset(keys.COUNTS + MODEL, mapping={"speed": 10, "queued_cost": 200})
-    with pytest.raises(QueueFull) as refusal:
-        await bench.admit()
-    assert refusal.value.retry_after_s == pytest.approx(20, rel=0.21)
-
-
 async def test_speed_is_measured_from_finished_jobs(bench: Bench) -> None:
     await bench.admit(max_new_tokens=98)
     [job] = bench.take()
@@ -88,6 +79,19 @@ async def test_speed_is_measured_from_finished_jobs(bench: Bench) -> None:
     assert speed is not None
     assert 10 < speed <= 100 / 0.02
     assert (await bench.admit()).eta_s == pytest.approx(12 / speed, abs=0.001)
+
+
+async def test_jobs_that_end_together_ran_beside_each_other(bench: Bench) -> None:
+    for _ in range(4):
+        await bench.admit(max_new_tokens=98)
+    jobs = bench.take(num_slots=4)
+    await asyncio.sleep(0.05)
+    bench.workers["worker"].finish_many([(job, Finish(reason="length"), chunk(0, 5), None) for job in jobs])
+    speed = (await bench.queue.statistics())[MODEL].tokens_per_second
+    [started, ended] = [
+        float(str(bench.client.hget(keys.JOB + jobs[0].id, name))) / 1000 for name in ("leased", "finished")
+    ]
+    assert speed == pytest.approx(4 * 100 / (ended - started), rel=0.05)
 
 
 async def test_model_without_a_live_worker_is_not_ready(bench: Bench) -> None:

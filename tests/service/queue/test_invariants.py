@@ -17,16 +17,19 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from service.api_keys import ApiKey
 from service.errors import QueueFull
 from service.queue import keys
 from service.queue.connection import async_redis, blocking_redis
 from service.queue.job import Finish, JobState, LeasedJob, QueueLimits, Verdict
-from service.queue.job_queue import JobQueue
+from service.queue.job_queue import JobQueue, fingerprint
 from service.queue.worker_queue import WorkerQueue
 from tests.service.queue.conftest import MODEL, REVISION, chunk, request, worker_info
 
 LIMITS = QueueLimits(max_queued_jobs=6, max_queued_tokens=200, result_ttl_s=60, lease_ms=60_000, max_attempts=3)
 NUM_WORKERS = 3
+MAX_OF_KEY = 4
+ENTITLED = ApiKey(sha256="0" * 64, weight=2, requests_per_minute=1e6, max_queued_jobs=MAX_OF_KEY)
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Known:
     """What the model knows of one job."""
 
     cost: int
+    key: str
     state: JobState = JobState.QUEUED
     attempt: int = 0
     lost: int = 0
@@ -73,17 +77,42 @@ class QueueMachine(RuleBasedStateMachine):
         queued = [job for job in self.jobs.values() if job.state is JobState.QUEUED]
         cost = size + 2
         fits = len(queued) < LIMITS.max_queued_jobs and sum(job.cost for job in queued) + cost <= 200
+        has_its_share = [self.jobs[job].key for job in self.ids(JobState.QUEUED)].count(key) < MAX_OF_KEY
+        promised = {who: due for who, due in self.promises().items() if due > self.now_ms() - 4_000}
+        asked = request(max_new_tokens=size)
+        is_due = promised.get(fingerprint(asked, key), float("inf")) <= self.now_ms()
         try:
             admission = self.runner.run(
                 self.queue.admit(
-                    request(max_new_tokens=size), key=key, priority=priority, timeout_s=60, cancel_on_disconnect=watched
+                    asked,
+                    key=key,
+                    entitled_to=ENTITLED,
+                    priority=priority,
+                    timeout_s=60,
+                    cancel_on_disconnect=watched,
                 )
             )
-        except QueueFull:
-            assert not fits
+        except QueueFull as refusal:
+            assert refusal.retry_after_s
+            assert not has_its_share if refusal.code_name == "key_queue_full" else not fits or (promised and not is_due)
             return
-        assert fits
-        self.jobs[admission.id] = Known(cost)
+        assert fits and has_its_share
+        self.jobs[admission.id] = Known(cost, key)
+
+    @precondition(lambda self: self.promises())
+    @rule(data=st.data())
+    def come_due(self, data: st.DataObject) -> None:
+        """The time comes that somebody was promised; whether they come back is another matter."""
+        who = data.draw(st.sampled_from(sorted(self.promises())))
+        self.client.zadd(keys.PROMISES + MODEL, {who: self.now_ms()})
+
+    def promises(self) -> dict[str, float]:
+        pairs: Any = self.client.zrange(keys.PROMISES + MODEL, 0, -1, withscores=True)
+        return dict(pairs)
+
+    def now_ms(self) -> int:
+        seconds, microseconds = self.client.time()
+        return int(seconds) * 1000 + int(microseconds) // 1000
 
     @rule(who=st.integers(0, NUM_WORKERS - 1), num_slots=st.integers(1, 3), room=st.integers(1, 150))
     def take(self, who: int, num_slots: int, room: int) -> None:
@@ -208,6 +237,9 @@ class QueueMachine(RuleBasedStateMachine):
             members = [self.jobs[job_id] for job_id in self.ids(state)]
             assert getattr(statistics, state) == len(members)
             assert getattr(statistics, f"{state}_cost") == sum(job.cost for job in members)
+        counts: Any = self.client.hgetall(keys.COUNTS + MODEL)
+        of_keys = {name.removeprefix("k:"): int(value) for name, value in counts.items() if name.startswith("k:")}
+        assert of_keys == Counter(self.jobs[job_id].key for job_id in self.ids(JobState.QUEUED))
 
     @invariant()
     def no_key_lives_for_ever(self) -> None:
