@@ -45,6 +45,8 @@ class Accepted:
     prompt: str | Sequence[int]
     caller: Caller
     watch: StopWatch
+    num_new_tokens: int
+    """At most, as granted."""
 
     @property
     def outlives_its_client(self) -> bool:
@@ -160,6 +162,7 @@ async def admit(
             prompt=prompts[place // num_choices],
             caller=caller,
             watch=StopWatch(started),
+            num_new_tokens=requests[place].max_new_tokens,
         )
         for place, admission in enumerate(admissions)
     ]

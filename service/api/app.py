@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from service.api import generate, jobs, openai, runs, status, tokens
+from service.api import generate, jobs, openai, runs, status, tgi, tokens
 from service.api.boundary import Boundary
 from service.api.documentation import install_documentation
 from service.api.errors import install_error_handlers
@@ -57,7 +57,7 @@ def create_app(settings: Settings, *, tracer: Tracer | None = None) -> FastAPI:
     app.add_middleware(Boundary, max_body_bytes=settings.max_body_bytes)
     install_error_handlers(app)
     install_documentation(app)
-    for room in (generate, jobs, openai, tokens, runs, status):
+    for room in (generate, jobs, openai, tgi, tokens, runs, status):
         app.include_router(room.router)
     return app
 

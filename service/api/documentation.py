@@ -17,8 +17,9 @@ from service.api.schemas import (
     GenerateRequest,
     TokenizeRequest,
 )
+from service.api.tgi_schemas import TgiRequest
 
-BODIES = (GenerateRequest, CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+BODIES = (GenerateRequest, CompletionRequest, ChatRequest, TgiRequest, TokenizeRequest, DetokenizeRequest)
 
 MEANINGS = {
     400: "The body is not a JSON object",

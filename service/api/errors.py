@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -26,6 +26,12 @@ from shared.errors import SmolLMError
 MAX_MESSAGE_CHARACTERS = 500
 """Messages quote what was sent; a large body must not come back as a larger error."""
 
+TGI_ROUTE = "/"
+ERROR_TYPES = {
+    **dict.fromkeys((400, 401, 404, 413, 422), "validation"),
+    **dict.fromkeys((408, 409), "incomplete_generation"),
+    **dict.fromkeys((429, 503), "overloaded"),
+}
 
 ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
@@ -64,8 +70,15 @@ def headers_of(error: RequestError) -> dict[str, str]:
     return headers
 
 
-def response_of(error: RequestError, headers: Mapping[str, str] | None = None) -> JsonResponse:
-    return JsonResponse(body_of(error), error.status, {**headers_of(error), **(headers or {})})
+def body_with_type(error: RequestError) -> dict[str, Any]:
+    """The one shape, and beside it TGI's word for the kind, by which its clients choose their exception."""
+    return {**body_of(error), "error_type": ERROR_TYPES.get(error.status, "generation")}
+
+
+def response_of(
+    error: RequestError, headers: Mapping[str, str] | None = None, *, body: Callable[..., dict[str, Any]] = body_of
+) -> JsonResponse:
+    return JsonResponse(body(error), error.status, {**headers_of(error), **(headers or {})})
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -76,7 +89,8 @@ def install_error_handlers(app: FastAPI) -> None:
         request.state.refusal = error.code_name
         if isinstance(error, NotReady):
             request.app.state.api.redis.report(error)
-        return response_of(error)
+        route = request.scope.get("route")
+        return response_of(error, body=body_with_type if getattr(route, "path", "") == TGI_ROUTE else body_of)
 
     @app.exception_handler(SmolLMError)
     async def users_fault(request: Request, error: SmolLMError) -> Response:

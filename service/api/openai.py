@@ -31,6 +31,8 @@ from shared.errors import GenerationError
 router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(identify)])
 
 DONE = event("[DONE]")
+NAMELESS = frozenset(("dummy", "tgi"))
+"""What Hugging Face's clients call a model when all they were given is an address: the default one."""
 STREAM = "OpenAI's chunks as `data:`, then `data: [DONE]`"
 RESPONSES = {200: events(STREAM), **errors(*ADMISSION, 408)}
 
@@ -62,11 +64,15 @@ class Asked:
         return prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt, skip_special_tokens=False)
 
 
+async def find_named(state: ApiState, name: str | None) -> Model:
+    return await find_model(state, None if name in NAMELESS and state.models.find(name) is None else name)
+
+
 async def admit_completion(
     request: Request, caller: CallerDep, body: Annotated[CompletionRequest, Depends(read_body(CompletionRequest))]
 ) -> Asked:
     state = state_of(request)
-    model = await find_model(state, body.model)
+    model = await find_named(state, body.model)
     jobs = await admit_choices(
         state, caller, model, body.prompt, body, route="/v1/completions", logprobs=body.logprobs, field="prompt"
     )
@@ -77,7 +83,7 @@ async def admit_chat(
     request: Request, caller: CallerDep, body: Annotated[ChatRequest, Depends(read_body(ChatRequest))]
 ) -> Asked:
     state = state_of(request)
-    model = await find_model(state, body.model)
+    model = await find_named(state, body.model)
     if not model.tokenizer.has_chat_template:
         raise InvalidValue(
             f"The model {model.name} has no chat template, so it knows no turns; send a plain prompt to "

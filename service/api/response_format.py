@@ -26,6 +26,7 @@ class JsonObjectFormat(Strict):
     """Any JSON object."""
 
     type: Literal["json_object"]
+    value: dict[str, Any] | None = Field(None, description="a JSON schema, where Hugging Face's client puts one")
 
 
 class NamedSchema(Strict):
@@ -74,7 +75,7 @@ async def grammar_for(model: Model, asked: ResponseFormat | None) -> str | None:
             field += ".json_schema.schema"
             source = json_grammar(asked.json_schema.schema_)
         else:
-            source = json_grammar(ANY_OBJECT)
+            source = json_grammar(ANY_OBJECT if asked.value is None else asked.value)
         await asyncio.to_thread(check_grammar, source, model.tokenizer)
     except (GenerationError, ValueError) as error:
         raise InvalidValue(f"{field}: {error}.", param=field) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -233,6 +234,15 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(member) for member in value] if isinstance(value, list) else value
 
 
+def refuse_unserved(values: dict[str, Any], unserved: Mapping[str, tuple[object, ...]]) -> dict[str, Any]:
+    """Return the values without fields that are not served, if what they say is what happens anyway."""
+    for name in unserved.keys() & values.keys():
+        if values[name] not in unserved[name]:
+            message = f"{name} is not served here; leave it out."
+            raise PydanticCustomError("unserved", "{message}", {"message": message, "field": name})
+    return {name: value for name, value in values.items() if name not in unserved}
+
+
 class OpenAISampling(Sampling):
     """OpenAI's words and defaults, and ours beside them; what cannot be served is refused, never passed over."""
 
@@ -248,19 +258,12 @@ class OpenAISampling(Sampling):
 
     @model_validator(mode="before")
     @classmethod
-    def refuse_unserved(cls, values: Any) -> Any:
+    def leave_out(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         response_format = values.get("response_format")  # a null inside a schema says something
-        values = without_nulls(values)
-        if response_format is not None:
-            values["response_format"] = response_format
-        for name in UNSERVED.keys() & values.keys():
-            if values[name] not in UNSERVED[name]:
-                message = f"{name} is not served here; leave it out."
-                raise PydanticCustomError("unserved", "{message}", {"message": message, "field": name})
-            del values[name]
-        return values
+        values = refuse_unserved(without_nulls(values), UNSERVED)
+        return values if response_format is None else values | {"response_format": response_format}
 
 
 def list_of_prompts(value: Any) -> Any:

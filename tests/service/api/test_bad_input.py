@@ -223,7 +223,7 @@ def test_an_unknown_model_is_404(client: httpx2.Client, path: str, body: dict[st
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("PUT", "/", 405),
         ("GET", "/no/such/route", 404),
         ("GET", "/" + "x" * 3_000, 404),
         ("POST", "/generate/", 404),
