@@ -29,7 +29,6 @@ from service.queue.local_server import start_redis
 from service.settings import Settings, get_settings
 from shared.catalog import list_model_folders
 from shared.errors import ConfigError, SmolLMError
-from shared.pretrained import bring
 
 STATE = Path(".smollm")
 STOP_GRACE_S = 10.0
@@ -157,7 +156,12 @@ def ensure_model(settings: Settings) -> None:
     """Bring the public weights where there is nothing to serve."""
     if not list_model_folders(settings.models_dir):
         say(f"no model in {settings.models_dir}/ yet: bringing {PUBLIC_MODEL}")
-        bring(PUBLIC_MODEL, settings.models_dir)
+        bring_public_model(settings)
+
+
+def bring_public_model(settings: Settings) -> None:
+    """In a process of its own: converting the weights takes 700 MB, which this one would keep."""
+    run_python("shared.pretrained", PUBLIC_MODEL, "--models-dir", str(settings.models_dir))
 
 
 def up(settings: Settings, page: PageSettings, *, demo: bool = False) -> int:
@@ -264,21 +268,21 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 def demo(settings: Settings, page: PageSettings) -> int:
     """Data, training, export, public weights, then the stack."""
     check_ports(settings, page)
-    recipe = run_trainer("recipe", capture=True).strip()
+    recipe = run_python("trainer", "recipe", capture=True).strip()
     begun = time.monotonic()
     say(f"\n1/4  data: text for recipe {recipe!r}, as tokens")
-    run_trainer("prepare", recipe)
+    run_python("trainer", "prepare", recipe)
     say(f"\n2/4  training: recipe {recipe!r}, five stages, with checkpoints, samples, plots and export")
-    run_trainer("train", recipe)
+    run_python("trainer", "train", recipe)
     say(f"\n3/4  public weights: {PUBLIC_MODEL}, for a second model that answers questions")
-    bring(PUBLIC_MODEL, settings.models_dir)
+    bring_public_model(settings)
     say(f"\n4/4  the stack (so far {time.monotonic() - begun:.0f} s)")
     return up(settings, page, demo=True)
 
 
-def run_trainer(*arguments: str, capture: bool = False) -> str:
-    """Run `python -m trainer ...`; its errors are already sentences, so its exit code is all that is passed on."""
-    command = [sys.executable, "-m", "trainer", *arguments]
+def run_python(module: str, *arguments: str, capture: bool = False) -> str:
+    """Run `python -m module ...`; its errors are already sentences, so its exit code is all that is passed on."""
+    command = [sys.executable, "-m", module, *arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
     if result.returncode:
         sys.exit(result.returncode)
