@@ -98,7 +98,7 @@ def test_two_stacks_answer_side_by_side_and_stop_without_a_trace(stacks: list[Up
     assert first.process is not None and second.process is not None
     first.process.send_signal(signal.SIGINT)  # what Ctrl-C sends
     assert first.process.wait(PATIENCE_S) == 0
-    gone, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
+    _ended, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
     assert not alive
     assert second.generate()
     down = second.run("down")
