@@ -14,7 +14,8 @@ import httpx2
 import psutil
 import pytest
 
-from tests.frontend.stack import PATIENCE_S, ROOT, answers, free_port, wait_until
+from tests.frontend.stack import answers
+from tests.processes import PATIENCE_S, ROOT, free_port, wait_until
 from tests.tiny import write_tiny_export
 
 
