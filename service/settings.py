@@ -52,6 +52,10 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="arithmetic of the model")
     num_threads: int = Field(0, description="CPU threads; 0: the CPU quota or affinity, whichever is smaller")
+    speculation: Literal["auto", "off"] = Field(
+        "auto", description="auto: guess tokens ahead where the measured pace says it pays; changes no token"
+    )
+    share_prefixes: bool = Field(True, description="prompts that begin alike are computed once")
     shutdown_grace_s: float = Field(5.0, description="after SIGTERM: finish what ends by then, hand over the rest")
     model_poll_s: float = Field(2.0, description="how often models_dir is looked at for new exports")
 

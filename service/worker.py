@@ -344,6 +344,8 @@ def run_worker(settings: Settings) -> None:
         dtype=dtype.value,
         num_slots=settings.num_slots,
         max_cached_tokens=settings.max_cached_tokens,
+        speculate=settings.speculation == "auto",
+        share_prefixes=settings.share_prefixes,
     )
     worker = Worker(
         WorkerQueue(client, worker_id=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}", limits=limits),

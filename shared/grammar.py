@@ -90,13 +90,21 @@ class Grammar:
         self.check()
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Return which ids may come next, by id."""
+        """Return which ids may come next, by id.
+
+        Raises:
+            GenerationError: none may: the tokenizer has no token for what must follow, or the parser hit its limits.
+        """
         if self.mask is None:
             bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
             self.check()
             self.mask = np.unpackbits(bits, bitorder="little").view(np.bool_)
             self.mask[self.end_of_text_id] = False
             self.mask[self.end_token_ids] = self.matcher.is_accepting()
+            if not self.mask.any():  # a request's own end token is all that could follow: then it ends there
+                self.mask[self.end_token_ids] = True
+            if not self.mask.any():
+                raise GenerationError("the grammar asks for text that the model has no token for")
         return self.mask
 
     def push(self, token_id: int) -> bool:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from service.engine.attention import StepAttention
+from service.engine.drafting import Drafter
 from service.engine.kv_cache import KVCache
+from service.engine.pace import Pace
 from service.engine.scheduler import Scheduler, Work
 from service.engine.sequence import Output, Sequence
 from service.engine.stopping import Released
@@ -21,10 +23,10 @@ from shared.model import SmolLM2
 from shared.sampling import SampledToken, sample
 from shared.tokenizer import Tokenizer
 
+USUAL_PACE = {"cpu": (0.010, 0.0004), "cuda": (0.003, 0.000_01)}
+"""Seconds of a step and of each token in it, by device: where `Pace` begins to learn."""
 PREFILL_CHUNK = {"cpu": 256, "cuda": 2_048}
 """Prompt tokens of a step in which nothing decodes, by device: enough to compute at full speed."""
-BUSY_PREFILL_CHUNK = {"cpu": 24, "cuda": 512}
-"""Prompt tokens beside decoding sequences: about as many as double a step's time (two cores, bf16; GPU: a guess)."""
 
 
 @dataclass(slots=True)
@@ -33,7 +35,12 @@ class Statistics:
 
     num_steps: int = 0
     num_prefill_tokens: int = 0
+    num_shared_tokens: int = 0
+    """Prompt tokens copied from another sequence's instead."""
     num_drawn_tokens: int = 0
+    num_drafts: int = 0
+    """Guesses computed, and how many of them were right."""
+    num_right_drafts: int = 0
     busy_s: float = 0.0
     num_waiting: int = 0
     num_running: int = 0
@@ -53,10 +60,14 @@ class Engine:
         max_cached_tokens: int,
         prefill_chunk: int | None = None,
         busy_prefill_chunk: int | None = None,
+        speculate: bool = True,
+        share_prefixes: bool = True,
     ) -> None:
         """Serve at most `num_slots` sequences at a time whose prompts and completions fit `max_cached_tokens`.
 
-        The chunks bound the prompt tokens of a step (see `Scheduler`); None is the device's own measure.
+        The chunks bound the prompt tokens of a step (see `Scheduler`); None is the device's own measure, and what the
+        steps' own pace allows. `speculate` computes guesses beside the tokens where that saves time; `share_prefixes`
+        copies what prompts have in common.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -68,10 +79,15 @@ class Engine:
             device=model.device,
         )
         kind = model.device.type
+        self.speculate = speculate
+        fixed_s, each_s = USUAL_PACE.get(kind, USUAL_PACE["cpu"])
+        self.pace = Pace(fixed_s=fixed_s, each_s=each_s)
         self.scheduler = Scheduler(
             self.cache,
             prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(kind, PREFILL_CHUNK["cpu"]),
-            busy_prefill_chunk=busy_prefill_chunk or BUSY_PREFILL_CHUNK.get(kind, BUSY_PREFILL_CHUNK["cpu"]),
+            pace=self.pace,
+            busy_prefill_chunk=busy_prefill_chunk,
+            share_prefixes=share_prefixes,
         )
         self.sequences: dict[str, Sequence] = {}
         self.ended_early: list[Output] = []
@@ -96,8 +112,14 @@ class Engine:
         totals, running = self.totals, self.scheduler.running
         totals.num_waiting, totals.num_running = len(self.scheduler.waiting), len(running)
         totals.cached_tokens = sum(sequence.num_cached for sequence in running)
+        totals.num_shared_tokens = self.scheduler.num_shared_tokens
         totals.cached_bytes = totals.cached_tokens * self.cache.bytes_per_token
         return totals
+
+    def forget_statistics(self) -> None:
+        """Count from here on; what the cache holds for later prompts is forgotten too."""
+        self.totals = Statistics()
+        self.scheduler.forget_prefixes()
 
     def add(self, sequence: Sequence) -> None:
         """Take a sequence; it starts as soon as it fits.
@@ -113,6 +135,9 @@ class Engine:
         sequence.max_new_tokens = min(sequence.max_new_tokens, limit - len(sequence.prompt_ids))
         released = sequence.prepare(self.tokenizer)
         if released.ended is None:
+            if self.speculate:
+                sequence.drafter = Drafter()
+                sequence.drafter.read(sequence.tokens(0, sequence.num_tokens))
             self.sequences[sequence.id] = sequence
             self.scheduler.add(sequence)
         else:
@@ -142,7 +167,11 @@ class Engine:
             drawn = self.draw(logits_BV, complete)
         self.totals.num_steps += 1
         self.totals.num_drawn_tokens += len(drawn)
-        self.totals.busy_s += time.monotonic() - started_s
+        seconds = time.monotonic() - started_s
+        self.totals.busy_s += seconds
+        somebody_decodes = any(item.span.count - len(item.drafts) == 1 for item in work)
+        if somebody_decodes:  # pace is about them
+            self.pace.observe(sum(item.span.count for item in work), seconds)
         return outputs + drawn
 
     def forward(self, work: list[Work]) -> Tensor:
@@ -169,6 +198,7 @@ class Engine:
         first_rows = list(accumulate((item.num_scores for item in complete), initial=0))
         live = list(zip(complete, first_rows, strict=False))
         depth = 0
+        num_right = dict.fromkeys(complete, 0)
         while live:
             live = [(item, row) for item, row in live if self.can_follow_grammar(item.sequence, outputs)]
             rows = [row + depth for _, row in live]
@@ -184,10 +214,20 @@ class Engine:
                 is_over = item.sequence.id not in self.sequences
                 if not is_over and depth < len(item.drafts) and item.drafts[depth] == token.token_id:
                     item.sequence.num_cached += 1
+                    num_right[item] += 1
                     still.append((item, row))
             live = still
             depth += 1
+        for item, right in num_right.items():
+            if item.drafts:
+                self.note_drafts(item, right)
         return outputs
+
+    def note_drafts(self, item: Work, num_right: int) -> None:
+        self.totals.num_drafts += len(item.drafts)
+        self.totals.num_right_drafts += num_right
+        if item.sequence.drafter is not None and item.sequence.rules is None:
+            item.sequence.drafter.learn(len(item.drafts), num_right)
 
     def can_follow_grammar(self, sequence: Sequence, outputs: list[Output]) -> bool:
         """Whether what may come next is known; if its grammar got too complex, that sequence alone ends."""
@@ -211,6 +251,8 @@ class Engine:
         output = describe(sequence, released, token)
         if released.is_kept:
             sequence.completion_ids.append(token.token_id)
+            if sequence.drafter is not None:
+                sequence.drafter.read((token.token_id,))
         if released.ended is not None:
             self.cancel(sequence.id)
         return output

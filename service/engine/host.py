@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
+from service.engine.drafting import MOST
 from service.engine.engine import Engine
+from service.engine.pace import STALL
 from service.engine.packing import can_pack, pack_linears
 from service.engine.sequence import Sequence
 from shared.catalog import ModelFolder, list_model_folders
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
 """A folder that could not be loaded is tried again after this long, or as soon as it changes."""
-WARM_UP_TOKENS = 16
+WARM_UP_PROMPTS, WARM_UP_TOKENS = (16, 64, 64), 12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,9 +54,18 @@ Load = Callable[[ModelFolder], Host]
 
 
 def load_host(
-    folder: ModelFolder, *, device: torch.device, dtype: torch.dtype, num_slots: int, max_cached_tokens: int
+    folder: ModelFolder,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_slots: int,
+    max_cached_tokens: int,
+    speculate: bool = True,
+    share_prefixes: bool = True,
 ) -> Host:
     """Load a folder's weights and tokenizer, and run a few tokens so that the first request finds everything warm.
+
+    The other settings are `Engine`'s.
 
     Raises:
         WeightsError, TokenizerError: what is wrong with the folder.
@@ -66,11 +77,15 @@ def load_host(
     model = load_model(folder, device=device, dtype=dtype)
     if can_pack(device, dtype):
         pack_linears(model)
-    engine = Engine(model, tokenizer, num_slots=num_slots, max_cached_tokens=max_cached_tokens)
-    prompt_ids = [tokenizer.end_of_text_id] * min(WARM_UP_TOKENS, folder.config.max_position_embeddings)
-    engine.add(Sequence(id="warm-up", prompt_ids=prompt_ids, params=SamplingParams(temperature=0.0), max_new_tokens=2))
-    while engine.has_work:
-        engine.step()
+    engine = Engine(
+        model,
+        tokenizer,
+        num_slots=num_slots,
+        max_cached_tokens=max_cached_tokens,
+        speculate=speculate,
+        share_prefixes=share_prefixes,
+    )
+    warm_up(engine)
     log.info(
         "loaded %s (%.1f million numbers, %s on %s, revision %s) in %.1f s",
         folder.name,
@@ -80,7 +95,42 @@ def load_host(
         folder.revision[:12],
         time.monotonic() - started_s,
     )
+    log.info("%s", describe_choices(engine))
     return Host(folder=folder, engine=engine)
+
+
+def warm_up(engine: Engine) -> None:
+    """Run a stream and two prompts beside it: everything is touched once, and the engine learns its pace."""
+    end, room = engine.tokenizer.end_of_text_id, engine.cache.slot_length
+    for number, length in enumerate(WARM_UP_PROMPTS):
+        prompt_ids = [end] * min(length, max(1, room - WARM_UP_TOKENS))
+        prompt_ids[0] = number % engine.tokenizer.vocab_size  # nothing to share
+        engine.add(
+            Sequence(
+                id=f"warm-up {number}",
+                prompt_ids=prompt_ids,
+                params=SamplingParams(temperature=0.0),
+                max_new_tokens=WARM_UP_TOKENS,
+            )
+        )
+        for _ in range(3):
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    engine.forget_statistics()
+
+
+def describe_choices(engine: Engine) -> str:
+    """What the engine measured at the start and does about it; it goes on learning."""
+    pace = engine.pace
+    guesses = "off by SMOLLM_SPECULATION"
+    if engine.speculate:
+        alone, among = (pace.num_drafts_worth(streams, 0.8, MOST) for streams in (1, 32))
+        guesses = f"up to {alone} beside one stream and {among} beside 32 where 4 of 5 prove right"
+    return (
+        f"measured {pace}: beside one stream, prompts are computed in pieces of {pace.prompt_tokens_beside(1)} tokens "
+        f"and beside 32 of {pace.prompt_tokens_beside(32)}, so that streams wait {STALL:.0%} longer; guesses: {guesses}"
+    )
 
 
 class Hosts:

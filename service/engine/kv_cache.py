@@ -5,6 +5,7 @@ Memory follows the tokens that were written, not the size of the slots, and is b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,32 +70,52 @@ class KVCache:
     def free_tokens(self) -> int:
         return self.max_cached_tokens - self.reserved_tokens
 
-    def take(self, num_tokens: int) -> int | None:
-        """Reserve a slot for `num_tokens` tokens; None while there is no room."""
+    @property
+    def free(self) -> list[int]:
+        """The free slots, lowest first."""
+        return [slot for slot in range(self.num_slots) if slot not in self.reserved]
+
+    def take(
+        self, num_tokens: int, choose: Callable[[list[int]], int] = min, oldest_first: Callable[[int], int] = int
+    ) -> int | None:
+        """Reserve a slot for `num_tokens` tokens; None while there is no room.
+
+        Args:
+            choose: picks one of the free slots. The lowest, if nobody cares: those in use stay together, so that a step
+                looks at few that are not.
+            oldest_first: rank of a free slot; while memory is short, those of low rank are emptied first.
+        """
         assert 0 < num_tokens <= self.slot_length, (num_tokens, self.slot_length)
         if not self.free_slots or num_tokens > self.free_tokens:
             return None
-        # The lowest free slot: those in use stay together, so that a step looks at few that are not.
-        slot = next(slot for slot in range(self.num_slots) if slot not in self.reserved)
+        slot = choose(self.free)
         self.reserved[slot] = num_tokens
-        if (
-            sum(max(touched, self.reserved.get(i, 0)) for i, touched in enumerate(self.touched))
-            > self.max_cached_tokens
-        ):
-            self.give_back_memory()
+        for other in [*sorted(self.free, key=oldest_first), *self.reserved]:
+            if self.num_needed <= self.max_cached_tokens:
+                break
+            self.give_back_memory(other)
         self.touched[slot] = max(self.touched[slot], num_tokens)
         return slot
 
+    @property
+    def num_needed(self) -> int:
+        """Tokens for which memory is taken or promised."""
+        return sum(max(touched, self.reserved.get(slot, 0)) for slot, touched in enumerate(self.touched))
+
+    def copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Give one slot the first keys and values of another."""
+        numbers = self.numbers_L2RKPE
+        numbers[:, :, target, :, :num_tokens] = numbers[:, :, source, :, :num_tokens]
+
     def give(self, slot: int) -> None:
-        """Free a slot. Its memory stays until others need it, so the next sequence finds it warm."""
+        """Free a slot. What it holds stays until others need it, for sequences that begin alike."""
         del self.reserved[slot]
 
-    def give_back_memory(self) -> None:
-        """Return to the system what free slots hold, and what lies behind the reservations of used ones."""
-        for slot, touched in enumerate(self.touched):
-            kept = self.reserved.get(slot, 0)
-            if touched > kept:
-                for keys_or_values_RKPE in self.numbers_L2RKPE.flatten(0, 1):
-                    for head_PE in keys_or_values_RKPE[slot]:
-                        self.memory.empty(head_PE[kept:touched])
-                self.touched[slot] = kept
+    def give_back_memory(self, slot: int) -> None:
+        """Return to the system what a free slot holds, or what lies behind the reservation of a used one."""
+        kept, touched = self.reserved.get(slot, 0), self.touched[slot]
+        if touched > kept:
+            for keys_or_values_RKPE in self.numbers_L2RKPE.flatten(0, 1):
+                for head_PE in keys_or_values_RKPE[slot]:
+                    self.memory.empty(head_PE[kept:touched])
+            self.touched[slot] = kept

@@ -1,7 +1,8 @@
 """Which tokens the next step computes: one of every decoding sequence, and a bounded number of prompt tokens.
 
 Sequences start in the order they came. Room for prompt and completion is reserved before a sequence starts, so one
-that runs never has to make way; one that does not fit waits, and those behind it wait with it.
+that runs never has to make way; one that does not fit waits, and those behind it wait with it. What begins as another
+sequence did is copied instead of computed; where that one is still at it, it is waited for.
 """
 
 from __future__ import annotations
@@ -9,7 +10,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine.drafting import FORCED
+from service.engine.drafting import MOST as MOST_DRAFTS
 from service.engine.kv_cache import KVCache, Span
+from service.engine.pace import Pace
+from service.engine.prefixes import SHORTEST, Prefixes
 from service.engine.sequence import Sequence
 
 
@@ -45,52 +53,152 @@ class Work:
 class Scheduler:
     """Waiting and running sequences."""
 
-    def __init__(self, cache: KVCache, *, prefill_chunk: int, busy_prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        prefill_chunk: int,
+        pace: Pace,
+        busy_prefill_chunk: int | None = None,
+        share_prefixes: bool = True,
+    ) -> None:
         """Bound the prompt tokens of a step.
 
         Args:
             prefill_chunk: while nothing decodes.
-            busy_prefill_chunk: while sequences decode, which wait for them; with many of them twice their number,
-                as a step that takes longer anyway hides more.
+            pace: says how many lengthen the step bearably for sequences that decode.
+            busy_prefill_chunk: a fixed number instead; with many who decode twice their number, as a step that takes
+                longer anyway hides more.
+            share_prefixes: whether to copy what stands in the cache already.
         """
-        assert prefill_chunk > 0 and busy_prefill_chunk > 0, (prefill_chunk, busy_prefill_chunk)
+        assert prefill_chunk > 0 and (busy_prefill_chunk is None or busy_prefill_chunk > 0)
         self.cache = cache
         self.prefill_chunk = prefill_chunk
         self.busy_prefill_chunk = busy_prefill_chunk
+        self.pace = pace
+        self.share_prefixes = share_prefixes
+        self.prefixes = Prefixes(cache)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.num_shared_tokens = 0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, waiting or running, and free its slot."""
+        """Take a sequence out, waiting or running, and free its slot; what it holds stays of use."""
         if sequence.slot is None:
             self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
+        self.prefixes.write(sequence.slot, sequence.tokens(0, sequence.num_cached))
         self.cache.give(sequence.slot)
         sequence.slot = None
+
+    def forget_prefixes(self) -> None:
+        """Hold no beginnings of ended sequences."""
+        self.prefixes = Prefixes(self.cache)
+        self.num_shared_tokens = 0
 
     def plan(self) -> list[Work]:
         """Return the next step's work: single tokens first, ordered by slot, then pieces of prompts."""
         self.start_waiting()
-        counts = {sequence: 1 for sequence in self.running if sequence.num_missing == 1}
+        decoding = [sequence for sequence in self.running if sequence.num_missing == 1]
+        counts = dict.fromkeys(decoding, 1)
         prefilling = [sequence for sequence in self.running if sequence.num_missing > 1]
-        budget = max(self.busy_prefill_chunk, 2 * len(counts)) if counts else self.prefill_chunk
-        counts |= share(prefilling, budget)
+        prefilling = [sequence for sequence in prefilling if not self.waits_for_another(sequence)]
+        counts |= share(prefilling, self.prompt_budget(len(decoding)))
         work = [
-            Work(sequence, Span(sequence.slot, sequence.num_cached, count))
+            self.work_on(sequence, sequence.slot, count, len(decoding))
             for sequence in self.running
             if sequence.slot is not None and (count := counts.get(sequence))
         ]
         return sorted(work, key=lambda item: (item.span.count > 1, item.span.slot))
 
+    def prompt_budget(self, num_decoding: int) -> int:
+        """Prompt tokens of a step beside so many who decode."""
+        if not num_decoding:
+            return self.prefill_chunk
+        if self.busy_prefill_chunk is not None:
+            return max(self.busy_prefill_chunk, 2 * num_decoding)
+        return min(self.prefill_chunk, self.pace.prompt_tokens_beside(num_decoding))
+
+    def work_on(self, sequence: Sequence, slot: int, count: int, num_decoding: int) -> Work:
+        drafts = self.guess(sequence, num_decoding) if sequence.num_missing == 1 else ()
+        return Work(sequence, Span(slot, sequence.num_cached, count + len(drafts)), drafts)
+
+    def guess(self, sequence: Sequence, num_decoding: int) -> tuple[int, ...]:
+        """Return what probably comes next, where computing it at once saves time."""
+        most = sequence.max_new_tokens - len(sequence.completion_ids) - 1
+        if sequence.drafter is None or most <= 0:
+            return ()
+        if sequence.rules is not None:
+            worth = self.pace.num_drafts_worth(num_decoding, FORCED, min(most, MOST_DRAFTS))
+            if forced := tuple(sequence.rules.forced()[:worth]):
+                return forced
+        return sequence.drafter.guess(self.pace, num_decoding, most)
+
     def start_waiting(self) -> None:
-        while self.waiting and (slot := self.cache.take(self.waiting[0].cost)) is not None:
-            sequence = self.waiting.popleft()
-            sequence.slot = slot
-            self.running.append(sequence)
+        while self.waiting and self.start(self.waiting[0]):
+            self.running.append(self.waiting.popleft())
+
+    def start(self, sequence: Sequence) -> bool:
+        """Give a sequence a slot, with what it shares with others; False while there is no room."""
+        ids = np.array(sequence.tokens(0, sequence.num_tokens), dtype=np.int64)
+        match = self.prefixes.find(ids, self.computed()) if self.share_prefixes else None
+        if match is not None:
+            self.prefixes.touch(match.slot)
+        slot = self.cache.take(
+            sequence.cost,
+            choose=lambda free: self.prefixes.choose_slot(free, match),
+            oldest_first=self.prefixes.used_at.__getitem__,
+        )
+        if slot is None:
+            return False
+        sequence.slot = slot
+        if match is not None and match.slot != slot and self.cache.touched[match.slot] >= match.count:
+            self.cache.copy(match.slot, slot, match.count)
+        elif match is None or match.slot != slot:  # none, or emptied to make room
+            match = None
+        self.adopt(sequence, 0 if match is None else match.count)
+        self.prefixes.write(slot, ids.tolist())
+        return True
+
+    def adopt(self, sequence: Sequence, count: int) -> None:
+        """Note that the first tokens of a sequence need no computing."""
+        self.num_shared_tokens += count - sequence.num_shared
+        sequence.num_cached = sequence.num_shared = count
+
+    def computed(self) -> list[tuple[int, int]]:
+        """Slots and how many of their tokens' keys and values can be read."""
+        running = {sequence.slot: sequence.num_cached for sequence in self.running}
+        return [(slot, running.get(slot, touched)) for slot, touched in enumerate(self.cache.touched) if touched]
+
+    def waits_for_another(self, sequence: Sequence) -> bool:
+        """Whether a sequence that came before is just computing the beginning of this one's tokens.
+
+        When that is over, what stands there is copied. The first of those who prefill never waits, so all get on.
+        """
+        if not self.share_prefixes or sequence.num_cached > sequence.num_shared or sequence.slot is None:
+            return False  # has begun by itself
+        head = sequence.tokens(0, SHORTEST)
+        ids: NDArray[np.int64] = self.prefixes.ids_RP[sequence.slot, : sequence.num_tokens]
+        for other in self.running:
+            if other is sequence:
+                break
+            if other.num_missing > 1 and other.slot is not None and other.tokens(0, SHORTEST) == head:
+                common = min(self.prefixes.common(other.slot, ids), len(ids) - 1)
+                if common > max(other.num_cached, sequence.num_cached, SHORTEST):
+                    sequence.is_following = True
+                    return True
+        if sequence.is_following:
+            sequence.is_following = False
+            others = [(slot, count) for slot, count in self.computed() if slot != sequence.slot]
+            match = self.prefixes.find(ids, others)
+            if match is not None and match.count > sequence.num_cached:
+                self.cache.copy(match.slot, sequence.slot, match.count)
+                self.adopt(sequence, match.count)
+        return False
 
 
 def share(prefilling: list[Sequence], budget: int) -> dict[Sequence, int]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from service.engine.drafting import Drafter
 from service.engine.stopping import Released, Stopping
 from shared.grammar import Grammar
 from shared.sampling import SamplingParams, SamplingRow
@@ -39,8 +40,15 @@ class Sequence:
     slot: int | None = None
     num_cached: int = 0
     """Tokens, from the first on, whose keys and values stand in the slot."""
+    num_shared: int = 0
+    """How many of them were copied from another sequence's."""
+    is_following: bool = False
+    """Whether it waits for another sequence that is computing the same beginning."""
     num_resumed: int = field(init=False)
     stopping: Stopping = field(init=False)
+    rules: Grammar | None = field(init=False, default=None)
+    """The grammar, standing behind the completion so far."""
+    drafter: Drafter | None = field(init=False, default=None)
     row: SamplingRow = field(init=False)
     started_s: float | None = None
     """Of a monotonic clock: when its first chunk was computed; `first_token_s` when a token was first drawn here."""
@@ -59,15 +67,15 @@ class Sequence:
             GenerationError: the grammar is wrong.
         """
         ends = [*(() if self.ignore_eos else self.end_token_ids), *self.stop_token_ids]
-        grammar = None if self.grammar is None else Grammar(self.grammar, tokenizer, end_token_ids=ends)
-        self.row.end_token_ids, self.row.constraint = ends, grammar
+        self.rules = None if self.grammar is None else Grammar(self.grammar, tokenizer, end_token_ids=ends)
+        self.row.end_token_ids, self.row.constraint = ends, self.rules
         self.stopping = Stopping(
             tokenizer.stream_decoder(),
             stop=self.stop,
             end_token_ids=ends,
             max_new_tokens=self.max_new_tokens,
             min_tokens=self.params.min_tokens,
-            grammar=grammar,
+            grammar=self.rules,
         )
         released = self.stopping.start()
         for token_id in self.completion_ids:

@@ -65,6 +65,14 @@ def test_the_end_may_come_only_where_the_text_is_whole() -> None:
     assert not grammar.push(letter[0]), "nothing can follow"
 
 
+def test_an_end_token_that_the_text_needs_ends_it_where_nothing_else_can_follow() -> None:
+    [letter] = tiny_tokenizer().encode("x")
+    grammar = Grammar(regex_grammar("7x?xx"), tiny_tokenizer(), end_token_ids=(letter,))
+    assert np.flatnonzero(grammar.allowed()).tolist() == tiny_tokenizer().encode("7")
+    grammar.push(tiny_tokenizer().encode("7")[0])
+    assert np.flatnonzero(grammar.allowed()).tolist() == [letter]
+
+
 def test_the_state_is_a_function_of_the_tokens() -> None:
     ids = write(json_grammar(PERSON), seed=11)
     masks = []

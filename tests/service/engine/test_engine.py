@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.oracle import Cases, check_against_oracle, compare, random_engine, small_model, small_tokenizer
 from service.engine.engine import Engine
 from service.engine.sequence import Output, Sequence
 from shared.errors import GenerationError, WeightsError
-from shared.generate import generate
 from shared.model import SmolLM2
 from shared.sampling import SamplingParams
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
@@ -30,7 +27,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def engine_of(model: SmolLM2 | None = None, **values: int) -> Engine:
+def engine_of(model: SmolLM2 | None = None, **values: Any) -> Engine:
     return Engine(model or tiny_model(), tiny_tokenizer(), **{"num_slots": 4, "max_cached_tokens": 1_024, **values})
 
 
@@ -57,129 +54,19 @@ def text_of(outputs: list[Output]) -> str:
     return "".join(output.text for output in outputs)
 
 
-@dataclass
-class Case:
-    """A request and what the oracle answers it."""
-
-    values: dict[str, Any]
-    token_ids: list[int]
-    pieces: list[str]
-    """Text released with each token; one more entry where the end brought text without a token."""
-    ended: tuple[str, str | None]
-
-    def from_index(self, index: int, name: str) -> Sequence:
-        return Sequence(id=name, completion_ids=self.token_ids[:index], **self.values)
-
-
-def random_case(draw: random.Random, model: SmolLM2, *, longest_prompt: int) -> Case:
-    prompt_ids = [draw.randrange(TINY.vocab_size) for _ in range(draw.choice([1, 2, 7, 30, longest_prompt]))]
-    params = SamplingParams(
-        temperature=draw.choice([0.0, 0.0, 0.7, 1.5]),
-        top_k=draw.choice([0, 5]),
-        top_p=draw.choice([1.0, 0.9]),
-        min_p=draw.choice([0.0, 0.02]),
-        repetition_penalty=draw.choice([1.0, 1.3]),
-        presence_penalty=draw.choice([0.0, 0.5]),
-        frequency_penalty=draw.choice([0.0, -0.3]),
-        seed=draw.randrange(2**64),
-    )
-    max_new_tokens = draw.choice([1, 2, 10, 40])
-    end_token_ids = tuple(draw.sample(range(TINY.vocab_size), draw.choice([0, 15])))
-    token_ids = list(generate(model, prompt_ids, params, max_new_tokens=max_new_tokens, end_token_ids=end_token_ids))
-    room = min(max_new_tokens, model.config.max_position_embeddings - len(prompt_ids))
-    stop: tuple[str, ...] = ()
-    text = tiny_tokenizer().decode(token_ids)
-    if len(text) > 2 and draw.random() < 0.5:
-        start = draw.randrange(len(text) - 1)
-        stop = (text[start : start + draw.randint(1, 4)], "never seen")
-    values = {
-        "prompt_ids": prompt_ids,
-        "params": params,
-        "max_new_tokens": max_new_tokens,
-        "end_token_ids": end_token_ids,
-        "stop": stop,
-    }
-    return Case(values, *expected_end(token_ids, stop, room))
-
-
-def expected_end(
-    token_ids: list[int], stop: tuple[str, ...], room: int
-) -> tuple[list[int], list[str], tuple[str, str | None]]:
-    """Cut the oracle's tokens at the first stop string, looking at the text of every prefix."""
-    decoder = tiny_tokenizer().stream_decoder()
-    seen = ""
-    pieces: list[str] = []
-    for count, token_id in enumerate(token_ids, start=1):
-        seen += decoder.push(token_id)
-        if count == room:
-            seen += decoder.flush()
-        found = [(seen.index(string) + len(string), -len(string), string) for string in stop if string in seen]
-        if found:
-            end, negative_length, string = min(found)
-            shown = len("".join(pieces))
-            return token_ids[:count], [*pieces, seen[shown : end + negative_length]], ("stop", string)
-        held = max((n for string in stop for n in range(len(string)) if seen.endswith(string[:n])), default=0)
-        certain = len(seen) if count == room else len(seen) - held
-        pieces.append(seen[len("".join(pieces)) : certain])
-    if len(token_ids) == room:
-        return token_ids, pieces, ("length", None)
-    whole = seen + decoder.flush()
-    return token_ids, [*pieces, whole[len("".join(pieces)) :]], ("stop", None)
-
-
-def check_against_oracle(draw: random.Random, engine: Engine, cases: list[Case]) -> None:
-    """Add the cases in any order at any time, each from any index on; every output must be the oracle's."""
-    todo = []
-    for place, case in enumerate(cases):
-        ends_with_a_token = case.ended[0] == "length" or case.ended[1] is not None
-        last_index = max(0, len(case.token_ids) - ends_with_a_token)
-        todo.append((case, draw.choice([0, draw.randint(0, last_index)]), str(place)))
-    draw.shuffle(todo)
-    by_name = {name: (case, index) for case, index, name in todo}
-    outputs: dict[str, list[Output]] = defaultdict(list)
-    while todo or engine.has_work:
-        while todo and (not engine.has_work or draw.random() < 0.3):
-            case, index, name = todo.pop()
-            engine.add(case.from_index(index, name))
-        for output in engine.step():
-            outputs[output.sequence_id].append(output)
-    for name, (case, index) in by_name.items():
-        assert ids_of(outputs[name]) == case.token_ids[index:]
-        assert [output.text for output in outputs[name]] == case.pieces[index:]
-        ends = [(output.finish_reason, output.stop_sequence) for output in outputs[name]]
-        assert ends == [(None, None)] * (len(ends) - 1) + [case.ended]
-        places = [output.first_index for output in outputs[name]]
-        assert places == list(range(index, index + len(places)))
-    assert not engine.cache.reserved
-
-
-def random_engine(draw: random.Random, model: SmolLM2) -> Engine:
-    return engine_of(
-        model,
-        num_slots=draw.choice([1, 2, 5, 9]),
-        max_cached_tokens=model.config.max_position_embeddings + draw.choice([0, 100, 1_000]),
-        prefill_chunk=draw.choice([1, 7, 64, 512]),
-        busy_prefill_chunk=draw.choice([1, 5, 64]),
-    )
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_random_requests_are_the_oracles(seed: int) -> None:
-    draw, model = random.Random(seed), tiny_model()
-    cases = [random_case(draw, model, longest_prompt=250) for _ in range(16)]
+    """The quick version of `python -m benchmarks.oracle`."""
+    draw, model, tokenizer = random.Random(seed), tiny_model(), tiny_tokenizer()
+    cases_of = Cases(draw, model, tokenizer, (1, 2, 10, 40))
+    cases = [cases_of.case(250) for _ in range(16)]
     for _ in range(3):
-        check_against_oracle(draw, random_engine(draw, model), cases)
+        check_against_oracle(draw, random_engine(draw, model, tokenizer), cases)
 
 
 @pytest.mark.slow
 def test_a_thousand_long_random_requests_are_the_oracles() -> None:
-    draw = random.Random(99)
-    model = SmolLM2(dataclasses.replace(TINY, max_position_embeddings=1_600))
-    model.initialize(5)
-    model.eval()
-    for _ in range(50):
-        cases = [random_case(draw, model, longest_prompt=draw.randint(31, 1_500)) for _ in range(20)]
-        check_against_oracle(draw, random_engine(draw, model), cases)
+    compare(small_model(), small_tokenizer(), 1_000, (1, 2, 10, 40), "small model")
 
 
 def test_a_resume_at_every_index_continues_exactly() -> None:

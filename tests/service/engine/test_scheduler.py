@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from service.engine.kv_cache import KVCache
+from service.engine.pace import Pace
 from service.engine.scheduler import Scheduler, Work, share
 from service.engine.sequence import Sequence
 from shared.sampling import SamplingParams
@@ -21,7 +22,11 @@ def sequence(num_prompt_tokens: int, max_new_tokens: int = 10, name: str = "") -
 
 
 def scheduler_of(
-    num_slots: int = 4, max_cached_tokens: int = 1_000, chunk: int = 64, busy_chunk: int = 16
+    num_slots: int = 4,
+    max_cached_tokens: int = 1_000,
+    chunk: int = 64,
+    busy_chunk: int | None = 16,
+    share_prefixes: bool = False,
 ) -> Scheduler:
     cache = KVCache(
         TINY,
@@ -30,7 +35,13 @@ def scheduler_of(
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    return Scheduler(cache, prefill_chunk=chunk, busy_prefill_chunk=busy_chunk)
+    return Scheduler(
+        cache,
+        prefill_chunk=chunk,
+        pace=Pace(fixed_s=0.01, each_s=0.001),
+        busy_prefill_chunk=busy_chunk,
+        share_prefixes=share_prefixes,
+    )
 
 
 def compute(scheduler: Scheduler) -> list[Work]:
