@@ -29,7 +29,7 @@ define install
 	@touch $@
 endef
 
-.PHONY: help demo up down train test test-slow test-redis prove-queue check format bench clean
+.PHONY: prove-resume help demo up down train test test-slow test-redis prove-queue check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -68,6 +68,9 @@ test-redis: $(VENV)/.dev ## the queue's and the end-to-end tests on another serv
 
 prove-queue: $(VENV)/.dev ## hundreds of kills of workers, API processes and Redis under load (half an hour)
 	@$(PY) -m benchmarks.prove_queue
+
+prove-resume: $(VENV)/.dev ## kill a training 25 times; its end must equal an undisturbed one's, to the bit
+	@$(PY) -m benchmarks.prove_resume
 
 check: $(VENV)/.dev ## format, lint, types, import walls
 	@$(VENV)/bin/ruff format --check .

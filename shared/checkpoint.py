@@ -126,7 +126,10 @@ def save_tensors(path: Path, payload: dict[str, Any]) -> None:
     with storage_errors(path):
         try:
             with temporary.open("wb") as file:
-                torch.save(payload, file)
+                try:
+                    torch.save(payload, file)
+                except RuntimeError as error:  # torch's zip writer covers up what the disk said
+                    raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -74,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train = commands.add_parser("train", parents=[recipe_options], help="train, or resume; then plot and export")
     train.add_argument("--run", metavar="NAME", help="folder in runs/ and export in models/; default: recipe's name")
+    train.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume although the recipe changes what comes: steps, stages to come, learning rate, clipping, dtype",
+    )
     train.add_argument("--dry-run", action="store_true", help="prepare, check and print the plan, then stop")
     commands.add_parser("evaluate", parents=[run_options, checkpoint_options], help="held-out loss of a checkpoint")
     sample = commands.add_parser("sample", parents=[run_options, checkpoint_options], help="let a checkpoint write")

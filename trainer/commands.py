@@ -19,7 +19,7 @@ from trainer.evaluate import evaluate as evaluate_model
 from trainer.export import export_model
 from trainer.follower import follow
 from trainer.hardware import Hardware
-from trainer.plan import describe_needs
+from trainer.plan import describe_needs, describe_trial
 from trainer.plan import plan as make_plan
 from trainer.plot import plot_run
 from trainer.prepare import PreparedData
@@ -32,6 +32,7 @@ from trainer.run_log import RunLog
 from trainer.sample import sample_texts
 from trainer.state import Checkpoints
 from trainer.train import load_weights, network_shape
+from trainer.trial import try_step
 
 Options = argparse.Namespace
 logger = logging.getLogger("trainer")
@@ -61,7 +62,10 @@ def plan(options: Options) -> list[str]:
     """Say what a training would do with the data there is."""
     show_messages()
     config = load_recipe(options.recipe, options.overrides)
-    return [describe_plan(config, prepare_data(config.data, Directories()))]
+    data = prepare_data(config.data, Directories())
+    described = describe_plan(config, data)  # refuses, before any work, what cannot be right
+    trial = try_step(config, data)
+    return [described, describe_trial(trial.step_s, trial.peak_bytes, config.num_steps)]
 
 
 def train(options: Options) -> list[str]:
@@ -70,11 +74,12 @@ def train(options: Options) -> list[str]:
     directories = Directories()
     if options.dry_run:
         show_messages()
-        return [describe_plan(config, prepare_data(config.data, directories)), "dry run: nothing was trained"]
+        described = describe_plan(config, prepare_data(config.data, directories))
+        return [described, "time:    not measured; `python -m trainer plan` does", "dry run: nothing was trained"]
     folder = RunFolder(directories.runs_dir / checked_name(options.run or config.name))
     processes = Processes.join(config.device)
     if processes.is_leader:
-        lead(config, folder, directories, processes)
+        lead(config, folder, directories, processes, accept_changes=options.accept_changes)
     else:
         logging.getLogger("trainer").setLevel(logging.ERROR)
         data = processes.in_turn(lambda: prepare_data(config.data, directories))
@@ -83,11 +88,15 @@ def train(options: Options) -> list[str]:
     return []
 
 
-def lead(config: TrainConfig, folder: RunFolder, directories: Directories, processes: Processes) -> None:
+def lead(
+    config: TrainConfig, folder: RunFolder, directories: Directories, processes: Processes, *, accept_changes: bool
+) -> None:
     """Be the process that decides, logs and saves; usually the only one."""
     with folder.locked():
-        folder.open(config)
+        changes = folder.open(config, accept_changes=accept_changes)
         with RunLog(folder.training_log) as log, storage_errors(folder.path):
+            if changes:
+                log.say(f"the recipe has changed since the last checkpoint: {', '.join(changes)}")
             data = processes.in_turn(lambda: prepare_data(config.data, directories))
             log.say(describe_plan(config, data))
             run = Run(config, data, folder, models_dir=directories.models_dir, log=log, processes=processes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -263,61 +263,6 @@ class TrainConfig(Section):
             num_steps=self.num_steps,
             decay_share=self.decay_share,
         )
-
-
-# What may differ when a run is resumed: it changes neither a batch nor an update. How the rows of a step are split
-# into micro-batches is among them as long as their product stays; where it is computed moves only the last bits.
-SAFE_ON_RESUME = frozenset(
-    {
-        "name",
-        "description",
-        "micro_batch_size",
-        "gradient_accumulation_steps",
-        "device",
-        "compile",
-        "parallel",
-        "deterministic",
-        "num_threads",
-        "data.max_epochs",
-        "log_every",
-        "evaluate_every",
-        "evaluate_windows",
-        "sample_every",
-        "sample_tokens",
-        "sample_temperature",
-        "prompts",
-        "save_every",
-        "keep_checkpoints",
-        "overfit_gap",
-        "export_name",
-    }
-)
-
-
-def changes_that_forbid_resume(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
-    """Return `key (old -> new)` for every difference under which a resumed run would not be the run that was saved."""
-    old, new = flatten(saved.model_dump(mode="json")), flatten(wanted.model_dump(mode="json"))
-    changed = [
-        f"{key} ({old.get(key)} -> {new.get(key)})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in SAFE_ON_RESUME
-    ]
-    if saved.batch_size != wanted.batch_size:
-        changed.append(
-            f"micro_batch_size x gradient_accumulation_steps ({saved.batch_size} -> {wanted.batch_size} rows per step)"
-        )
-    return changed
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables become one with dotted keys; lists stay values."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def ask_cublas_for_the_same_bits() -> None:

@@ -10,10 +10,14 @@ from shared.config import ModelConfig
 from shared.errors import DataError
 from trainer.curriculum import Curriculum, Stage
 from trainer.prepare import PreparedData
+from trainer.progress import duration
 from trainer.token_file import TokenFile
 
 BYTES_PER_PARAMETER = 16
 """fp32 weight, gradient and AdamW's two averages."""
+
+BYTES_PER_PARAMETER_SAVED = 12
+"""The same without the gradient."""
 
 
 class PlannedData(Protocol):
@@ -42,8 +46,15 @@ class PlanRow:
     source: str
     num_tokens: int
     share: float
+    stage_epochs: float
+    """How often this stage reads the source."""
     epochs: float
-    """How often the run has read the source by the end of this stage."""
+    """How often the run has read the source by the end of this stage; what is above 1 is repeated."""
+
+    @property
+    def repeats(self) -> float:
+        """How often tokens have been read again by then, on average over the source."""
+        return max(0.0, self.epochs - 1)
 
 
 @dataclass(frozen=True)
@@ -57,13 +68,17 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"{self.num_steps:,} steps of {self.tokens_per_step:,} tokens = {self.num_tokens:,} tokens", ""]
-        lines.append(f"{'stage':<22}{'steps':<13}{'source':<12}{'tokens':>13}{'share':>9}{'epochs so far':>16}")
+        lines.append(
+            f"{'stage':<22}{'steps':<13}{'source':<12}{'tokens':>13}{'share':>9}"
+            f"{'epochs':>10}{'so far':>10}{'repeats':>10}"
+        )
         shown = ""
         for row in (*self.rows, *self.totals):
             stage, steps = (row.stage, row.steps) if row.stage != shown else ("", "")
             shown = row.stage
             lines.append(
-                f"{stage:<22}{steps:<13}{row.source:<12}{row.num_tokens:>13,}{row.share:>9.2%}{row.epochs:>16.2f}"
+                f"{stage:<22}{steps:<13}{row.source:<12}{row.num_tokens:>13,}{row.share:>9.2%}"
+                f"{row.stage_epochs:>10.2f}{row.epochs:>10.2f}{row.repeats:>10.2f}"
             )
         return "\n".join(lines)
 
@@ -112,24 +127,40 @@ def lay_out(stages: list[Stage], token_files: Mapping[str, TokenFile], batch_siz
                     name,
                     drawn * sequence_length,
                     drawn / (stage.num_steps * batch_size),
+                    drawn / windows[name],
                     after[name] / windows[name],
                 )
             )
     through = curriculum.counts_through(curriculum.num_steps)
     all_windows = curriculum.num_steps * batch_size
     totals = tuple(
-        PlanRow("whole run", "", name, count * sequence_length, count / all_windows, count / windows[name])
+        PlanRow("whole run", "", name, count * sequence_length, count / all_windows, *[count / windows[name]] * 2)
         for name, count in through.items()
     )
     return Plan(tuple(rows), totals, curriculum.num_steps, batch_size * sequence_length)
 
 
 def describe_needs(model: ModelConfig, *, keep_checkpoints: int) -> str:
-    """Return one line on memory and disk: training state, and the checkpoints and exports it leaves."""
+    """Say what memory and disk a run takes: training state, its copy while a checkpoint is written, what it leaves."""
     state = model.num_parameters * BYTES_PER_PARAMETER
-    checkpoints = model.num_parameters * 12 * (keep_checkpoints + 1)
+    checkpoint = model.num_parameters * BYTES_PER_PARAMETER_SAVED
+    checkpoints = checkpoint * (keep_checkpoints + 2)  # the best one, and the one being written
     export = model.num_parameters * 4
     return (
-        f"{model.num_parameters:,} parameters; training state {state / 2**20:,.0f} MiB and activations in memory; "
-        f"checkpoints {checkpoints / 2**20:,.0f} MiB and exports {export / 2**20:,.0f} MiB on disk"
+        f"network: {model.num_parameters:,} parameters\n"
+        f"memory:  {mebibytes(state)} of weights, gradients and averages, {mebibytes(checkpoint)} for a copy while a "
+        "checkpoint is written, and activations\n"
+        f"disk:    {mebibytes(checkpoints)} of checkpoints at most, {mebibytes(export)} of exports"
     )
+
+
+def describe_trial(step_s: float, peak_bytes: int, num_steps: int) -> str:
+    """Say what a trial step promises for the whole run."""
+    return (
+        f"trial:   {step_s:.3g} s per step and {mebibytes(peak_bytes)} at its peak on this machine: about "
+        f"{duration(step_s * num_steps)} for {num_steps:,} steps; evaluation, samples and saves come on top"
+    )
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"

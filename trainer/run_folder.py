@@ -12,7 +12,8 @@ from typing import Any
 
 from shared.errors import ConfigError
 from shared.files import storage_errors, write_atomically
-from trainer.config import TrainConfig, changes_that_forbid_resume
+from trainer.changes import changes_on_resume
+from trainer.config import TrainConfig
 from trainer.recipe import load_recipe, to_toml
 
 
@@ -74,21 +75,33 @@ class RunFolder:
                 ) from None
             yield
 
-    def open(self, config: TrainConfig) -> None:
+    def open(self, config: TrainConfig, *, accept_changes: bool = False) -> list[str]:
         """Check that the run in the folder, if any, is the one `config` describes; keep the resolved recipe there.
+
+        Args:
+            accept_changes: let updates to come be other ones than the run was started for.
+
+        Returns:
+            `key (old -> new)` of what differs and may.
 
         Raises:
             ConfigError: the run there was trained under another recipe; the changed keys are named.
             StorageError: the disk refused.
         """
-        if self.recipe.is_file() and any(self.checkpoints.glob("step-*")):
-            changed = changes_that_forbid_resume(self.read_recipe(), config)
-            if changed:
+        allowed: list[str] = []
+        steps = [int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")]
+        if self.recipe.is_file() and steps:
+            changes = changes_on_resume(self.read_recipe(), config, step=max(steps))
+            forbidden = changes.forbidden + ([] if accept_changes else changes.acceptable)
+            if forbidden:
+                way = "" if changes.forbidden else "go on with the change by --accept-changes, "
                 raise ConfigError(
-                    f"run {self.name!r} was started with another recipe: {', '.join(changed)}; change that back, "
-                    "or train under another name with --run NAME"
+                    f"run {self.name!r} was started with another recipe: {', '.join(forbidden)}; change that back, "
+                    f"{way}or train under another name with --run NAME"
                 )
+            allowed = changes.safe + changes.acceptable
         write_atomically(self.recipe, to_toml(config))
+        return allowed
 
     def read_recipe(self) -> TrainConfig:
         """Return the recipe the run was last trained under.

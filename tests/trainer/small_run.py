@@ -56,26 +56,35 @@ def small_data(root: Path, config: TrainConfig | None = None) -> PreparedData:
     return prepare_data((config or load_recipe("smoke")).data, small_directories(root))
 
 
-def train_small(root: Path, name: str = "smoke", overrides: Sequence[str] = ()) -> RunFolder:
+def train_small(
+    root: Path, name: str = "smoke", overrides: Sequence[str] = (), *, accept_changes: bool = False
+) -> RunFolder:
     """Train `smoke` below `root` in this process, to the end."""
     config = load_recipe("smoke", overrides)
     folder = RunFolder(root / "runs" / name)
     with folder.locked(), open(os.devnull, "w") as nowhere:
-        folder.open(config)
+        folder.open(config, accept_changes=accept_changes)
         with RunLog(folder.training_log, nowhere) as log:
             run = Run(config, small_data(root, config), folder, models_dir=root / "models", log=log)
             assert run.to_the_end() == "finished"
     return folder
 
 
-def command(root: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start `python -m trainer ...` over the texts below `root`."""
+def command(
+    root: Path, *arguments: str, launcher: Sequence[str] = (), before: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Start `python -m trainer ...` over the texts below `root`.
+
+    Args:
+        launcher: Python's arguments that start another module first: torchrun.
+        before: a command that runs Python, such as one that enters a namespace.
+    """
     small_directories(root)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SMOLLM_")}
     environment |= {f"SMOLLM_{name.upper()}_DIR": str(root / name) for name in ("data", "runs", "models")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "trainer", *arguments],
+        [*before, sys.executable, *launcher, "-m", "trainer", *arguments],
         cwd=root,
         env=environment,
         stdout=subprocess.PIPE,

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shared.errors import DataError
+from tests.trainer.test_curriculum import SOURCES, stage_tables
 from trainer.batches import Batches, epoch_order
 from trainer.curriculum import Curriculum, Stage
+from trainer.processes import Processes
 from trainer.token_file import TokenFile
 
 T = 8
@@ -42,6 +46,40 @@ def test_any_step_is_the_same_whatever_was_asked_before() -> None:
     for step, expected in ((199, in_order[2]), (0, in_order[0]), (60, in_order[1]), (0, in_order[0])):
         np.testing.assert_array_equal(there.batch_at(step).inputs_BT, expected.inputs_BT)
         np.testing.assert_array_equal(there.batch_at(step).sources_B, expected.sources_B)
+
+
+@settings(max_examples=40, deadline=None)
+@given(stage_tables(longest=20), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.data())
+def test_a_theorem_about_any_table(
+    stages: list[Stage], micro_batch_size: int, per_process: int, world_size: int, data: st.DataObject
+) -> None:
+    """No window twice in a source's epoch; the same rows however they are split and in whatever order asked for."""
+    batch_size = micro_batch_size * per_process * world_size
+    files = token_files({name: data.draw(st.integers(1, 12)) * T + 1 for name in SOURCES})
+    curriculum = Curriculum(stages, batch_size)
+
+    def made() -> Batches:
+        return Batches(files, curriculum, seed=7, sequence_length=T)
+
+    in_order = made()
+    batches_of_run = [in_order.batch_at(step) for step in range(curriculum.num_steps)]
+    for index, name in enumerate(curriculum.sources):
+        firsts = np.concatenate([batch.inputs_BT[batch.sources_B == index, 0] for batch in batches_of_run])
+        windows = files[name].num_windows(T)
+        for epoch in range(0, len(firsts), windows):
+            seen = firsts[epoch : epoch + windows]
+            assert len(set(seen.tolist())) == len(seen), (name, epoch)
+
+    processes = [Processes(rank=rank, world_size=world_size) for rank in range(world_size)]
+    asked = data.draw(st.permutations(range(curriculum.num_steps)))[:10]  # as workers that fetch ahead may
+    each = [made() for _ in processes]
+    for step in asked:
+        rows = [
+            there.batch_at(step).inputs_BT[first : first + micro_batch_size]
+            for process, there in zip(processes, each, strict=True)
+            for first in process.share_of(batch_size, micro_batch_size)
+        ]
+        np.testing.assert_array_equal(np.concatenate(rows), batches_of_run[step].inputs_BT)
 
 
 def test_targets_are_the_next_tokens() -> None:

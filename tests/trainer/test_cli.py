@@ -52,6 +52,7 @@ def test_dry_run_prints_the_plan_and_trains_nothing(here: Path, capsys: pytest.C
     assert main(["train", "smoke", "--run", "dry", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "Foundation" in text
+    assert "time:    not measured" in text
     assert "dry run: nothing was trained" in text
     assert not (here / "runs" / "dry").exists()
 
@@ -60,7 +61,9 @@ def test_prepare_and_plan(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["prepare", "smoke"]) == 0
     assert "tokens to train on" in capsys.readouterr().out
     assert main(["plan", "smoke"]) == 0
-    assert "epochs" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    for words in ("epochs", "repeats", "memory:", "disk:", "s per step", "for 20 steps"):
+        assert words in text
 
 
 def test_evaluate_sample_plot_export(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

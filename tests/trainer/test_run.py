@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shared.catalog import read_model_folder
 from shared.checkpoint import load_export
 from shared.errors import ConfigError, WeightsError
+from tests.trainer.kills import Moment, kill_at, wait_for
 from tests.trainer.small_run import command, small_data, small_directories, train_small, weights_sha256
 from trainer.recipe import load_recipe
 from trainer.run import Run
@@ -38,11 +38,8 @@ def trained_steps(folder: RunFolder) -> int:
     return sum(row["kind"] == "train" for row in read_rows(folder.metrics))
 
 
-def wait_until_trained(folder: RunFolder, steps: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while trained_steps(folder) < steps and process.poll() is None:
-        assert time.monotonic() < deadline, f"waited in vain for step {steps}"
-        time.sleep(0.002)
+def losses(folder: RunFolder) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_rows(folder.metrics) if row["kind"] == "train"]
 
 
 def open_run(root: Path, log: RunLog, *overrides: str) -> Run:
@@ -148,30 +145,29 @@ def test_log_samples_plots_and_tensorboard_are_there(whole: RunFolder) -> None:
 # Disturbed runs end the same
 
 
-def test_killed_twice_the_weights_are_the_same(root: Path, whole: RunFolder) -> None:
-    folder = RunFolder(root / "runs" / "smoke")
-    for at_least in (6, 14):
-        process = command(root, "train", "smoke")
-        try:
-            wait_until_trained(folder, at_least, process)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-        assert trained_steps(folder) < 20, "it was to be killed on the way"
+def test_killed_three_times_the_weights_are_the_same(root: Path, whole: RunFolder) -> None:
+    """`make prove-resume` does it 25 times and aims at saves, evaluations and samples as well."""
+    config, folder = load_recipe("smoke"), RunFolder(root / "runs" / "smoke")
+    for moment in (Moment(what="border", step=4), Moment(what="anywhere", step=7), Moment(what="border", step=12)):
+        found = kill_at(moment, root, config, "smoke")
+        assert found is not None, "it was to be killed on the way"
+        assert found["trained"] >= moment.step
     process = command(root, "train", "smoke")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "resuming run 'smoke'" in errors
     assert weights_sha256(folder) == weights_sha256(whole)
-    assert [row["step"] for row in read_rows(folder.metrics) if row["kind"] == "train"] == list(range(1, 21))
+    assert losses(folder) == losses(whole)
+    assert read_rows(folder.samples) == read_rows(whole.samples)
     assert (root / "models" / "smoke" / "manifest.json").is_file()
 
 
-def test_terminated_it_saves_exits_0_and_goes_on(root: Path, whole: RunFolder) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_exits_0_and_goes_on(root: Path, whole: RunFolder, number: signal.Signals) -> None:
     folder = RunFolder(root / "runs" / "smoke")
     process = command(root, "train", "smoke", "--set", "save_every=1000", "--set", "evaluate_every=1000")
-    wait_until_trained(folder, 5, process)
-    process.send_signal(signal.SIGTERM)
+    assert wait_for(lambda: trained_steps(folder) >= 5, process)
+    process.send_signal(number)
     start = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - start < 10
