@@ -36,7 +36,7 @@ from tests.processes import PATIENCE_S, Process
 WANTED: Final = {"workers": 200, "apis": 100, "zombies": 20, "redis": 20, "rolling": 5}
 NUM_WORKERS: Final = 4
 NUM_APIS: Final = 3
-NUM_STREAMS: Final = 16
+NUM_STREAMS: Final = 12
 NUM_TOKENS: Final = 400
 PAUSE_LIMIT_S: Final = 6.0
 
@@ -127,14 +127,14 @@ class Proof:
             await asyncio.sleep(0.05)
 
     async def victim(self, *, beside: int = 2) -> Process:
-        """A random worker that holds streams in the middle, while at least `beside` others serve."""
+        """A random worker that holds streams in the middle, while others serve and nobody waits for an earlier harm."""
         while True:
             serving = self.cluster.serving_workers()
-            begun = [told.job_id for told in self.open if told.token_ids]
-            if len(serving) > beside and begun:
-                holder = self.cluster.holder_of(random.choice(begun))
-                if holder in serving:
-                    return holder
+            holders = [self.cluster.find_holder(told.job_id) for told in self.open if told.token_ids]
+            if len(serving) > beside and holders and all(holder in serving for holder in holders):
+                holder = random.choice(holders)
+                assert holder is not None
+                return holder
             await asyncio.sleep(0.05)
 
 
@@ -160,7 +160,7 @@ def ready(cluster: Cluster) -> list[str]:
 async def freeze_worker(proof: Proof) -> None:
     """Until another has taken what it held; then it comes back and writes."""
     zombie = await proof.victim()
-    held = [one for one in proof.open if one.job_id and proof.cluster.holder_of(one.job_id) is zombie]
+    held = [one for one in proof.open if one.job_id and proof.cluster.find_holder(one.job_id) is zombie]
     zombie.pause()
     client = proof.cluster.client
     before = {one.job_id: client.hget(keys.JOB + one.job_id, "attempt") for one in held}

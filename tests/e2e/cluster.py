@@ -97,12 +97,12 @@ class Cluster:
 
     def holder_of(self, job_id: str) -> Process:
         """The worker that has, or last had, a job."""
+        return wait_until(lambda: self.find_holder(job_id), f"a worker to take {job_id}")
 
-        def look() -> Process | None:
-            name = str(self.client.hget(keys.JOB + job_id, "worker"))
-            return next((worker for worker in self.workers if is_of(name, worker)), None)
-
-        return wait_until(look, f"a worker to take {job_id}")
+    def find_holder(self, job_id: str) -> Process | None:
+        """As `holder_of`, or None if nobody took it yet or who did was killed."""
+        name = str(self.client.hget(keys.JOB + job_id, "worker"))
+        return next((worker for worker in self.workers if is_of(name, worker)), None)
 
     def kill_worker(self, worker: Process) -> None:
         worker.kill()
