@@ -34,10 +34,10 @@ from tests.e2e.streams import Told, bodies, follow
 from tests.processes import PATIENCE_S, Process
 
 WANTED: Final = {"workers": 200, "apis": 100, "zombies": 20, "redis": 20, "rolling": 5}
-NUM_WORKERS: Final = 4
+NUM_WORKERS: Final = 5
 NUM_APIS: Final = 3
 NUM_STREAMS: Final = 12
-NUM_TOKENS: Final = 400
+NUM_TOKENS: Final = 200
 PAUSE_LIMIT_S: Final = 6.0
 
 
@@ -66,9 +66,8 @@ class Part:
         if difference is not None:
             self.differing.append(f"{told.job_id}: {difference}")
             print(f"  DIFFERS {self.differing[-1]}", flush=True)
-        if attempts > 1:
-            self.pauses_s += told.pauses_s
-        elif told.num_connections > 1 or self.stops_all:
+        self.pauses_s += told.pauses_s
+        if not told.pauses_s and (told.num_connections > 1 or self.stops_all):
             self.pauses_s.append(told.longest_pause_s)
 
     def pause_s(self, share: float) -> float:
@@ -126,20 +125,29 @@ class Proof:
             assert time.monotonic() < give_up_at, f"waited {PATIENCE_S:g} s for {what}"
             await asyncio.sleep(0.05)
 
-    async def victim(self, *, beside: int = 2) -> Process:
-        """A random worker that holds streams in the middle, while others serve and nobody waits for an earlier harm."""
+    async def victim(self, *, beside: int = 2) -> tuple[Process, list[Told]]:
+        """A random worker that holds streams in the middle, and those, while at least `beside` others serve."""
         while True:
             serving = self.cluster.serving_workers()
-            holders = [self.cluster.find_holder(told.job_id) for told in self.open if told.token_ids]
-            if len(serving) > beside and holders and all(holder in serving for holder in holders):
-                holder = random.choice(holders)
+            holders = {told.job_id: self.cluster.find_holder(told.job_id) for told in self.open if told.token_ids}
+            found = [holder for holder in holders.values() if holder in serving]
+            if len(serving) > beside and found:
+                holder = random.choice(found)
                 assert holder is not None
-                return holder
-            await asyncio.sleep(0.05)
+                return holder, [told for told in self.open if holders.get(told.job_id) is holder]
+            await asyncio.sleep(0.1)
+
+    def note_loss(self, held: list[Told]) -> None:
+        """Their next token that is not in Redis yet is another worker's."""
+        for told in held:
+            told.lost_s = time.monotonic()
+            told.resumes_at = int(self.cluster.client.hget(keys.JOB + told.job_id, "n") or 0)
 
 
 async def kill_worker(proof: Proof) -> None:
-    proof.cluster.kill_worker(await proof.victim())
+    victim, held = await proof.victim()
+    proof.cluster.kill_worker(victim)
+    proof.note_loss(held)
     proof.cluster.start_worker()
     await asyncio.sleep(random.uniform(0.0, 1.0))
 
@@ -159,9 +167,9 @@ def ready(cluster: Cluster) -> list[str]:
 
 async def freeze_worker(proof: Proof) -> None:
     """Until another has taken what it held; then it comes back and writes."""
-    zombie = await proof.victim()
-    held = [one for one in proof.open if one.job_id and proof.cluster.find_holder(one.job_id) is zombie]
+    zombie, held = await proof.victim()
     zombie.pause()
+    proof.note_loss(held)
     client = proof.cluster.client
     before = {one.job_id: client.hget(keys.JOB + one.job_id, "attempt") for one in held}
     await proof.until(
@@ -219,6 +227,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="a JSON file of what was proved so far")
     parser.add_argument("--limit-s", type=float, default=1e9, help="end a part after so long, for a proof in pieces")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     parts: dict[str, Part] = {}
     if options.results and options.results.exists():
         parts = {name: Part(**values) for name, values in json.loads(options.results.read_text()).items()}

@@ -53,11 +53,13 @@ class Connection(asyncio.Protocol):
     url: str
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
+    complete: bool = False
+    """Whether the whole answer is there."""
 
     async def __aenter__(self) -> Connection:
         address = urlsplit(self.url)
         assert address.hostname is not None and address.port is not None, self.url
-        self._lost = self._complete = False
+        self._lost = self.complete = False
         self._changed = asyncio.Event()
         self._body = bytearray()
         try:
@@ -70,12 +72,16 @@ class Connection(asyncio.Protocol):
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Leave, whatever is still to come."""
         self._transport.abort()
 
     async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         """Send a request and wait for the whole answer; header names are written with underscores."""
         self.send(method, path, body, **headers)
-        while not self._complete:
+        while not self.complete:
             await self._wait()
         return Answer(self.status, self.headers, bytes(self._body))
 
@@ -90,7 +96,7 @@ class Connection(asyncio.Protocol):
         """Yield the events of an answer that `begin` began."""
         while True:
             while (end := self._body.find(b"\n\n")) < 0:
-                if self._complete:
+                if self.complete:
                     return
                 await self._wait()
             frame = self._body[:end].decode()
@@ -102,7 +108,7 @@ class Connection(asyncio.Protocol):
         content = b"" if body is None else json.dumps(body).encode()
         lines = [f"{method} {path} HTTP/1.1", "host: test", f"content-length: {len(content)}"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        self.status, self.headers, self._complete = 0, {}, False
+        self.status, self.headers, self.complete = 0, {}, False
         self._body.clear()
         self._parser = httptools.HttpResponseParser(self)
         self._transport.write("\r\n".join([*lines, "", ""]).encode() + content)
@@ -139,7 +145,7 @@ class Connection(asyncio.Protocol):
         self._body += body
 
     def on_message_complete(self) -> None:
-        self._complete = True
+        self.complete = True
 
 
 def read_event(frame: str) -> Event | None:

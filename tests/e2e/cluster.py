@@ -38,13 +38,14 @@ def write_steady_export(models_dir: Path) -> None:
 class Cluster:
     """One Redis with an append-only file, any number of API and worker processes."""
 
-    def __init__(self, root: Path, *, models_dir: Path | None = None, **settings: Any) -> None:
+    def __init__(self, root: Path, *, model: str = MODEL, models_dir: Path | None = None, **settings: Any) -> None:
         """`settings` are those of the service, for all processes, in lower case."""
         self.root = root
+        self.model = model
         self.settings = {
             "models_dir": models_dir or root / "models",
             "runs_dir": root / "runs",
-            "default_model": MODEL,
+            "default_model": model,
             "dtype": "float32",
             "device": "cpu",
             "num_threads": 1,
@@ -92,7 +93,7 @@ class Cluster:
 
     def serving_workers(self) -> list[Process]:
         """Workers of ours that say now that they take jobs."""
-        seen = [str(name) for name in self.client.zrange(keys.SERVED + MODEL, 0, -1)]
+        seen = [str(name) for name in self.client.zrange(keys.SERVED + self.model, 0, -1)]
         return [worker for worker in self.workers if any(is_of(name, worker) for name in seen)]
 
     def holder_of(self, job_id: str) -> Process:
@@ -113,7 +114,7 @@ class Cluster:
 
     def counts(self) -> dict[str, int]:
         """Queued and running jobs and their cost, as Redis counts them."""
-        found = self.client.hgetall(keys.COUNTS + MODEL)
+        found = self.client.hgetall(keys.COUNTS + self.model)
         return {name: int(found.get(name, 0)) for name in ("queued", "queued_cost", "running", "running_cost")}
 
     def stop(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 from tests.e2e.client import Connection, ConnectionLost, Event
@@ -35,13 +36,11 @@ class Told:
     faults: list[str] = field(default_factory=list)
     """Tokens missing or repeated: an index that is not the one behind the last."""
     cursor: str = ""
-
-    @property
-    def pauses_s(self) -> list[float]:
-        """The longest silences between tokens, one for each worker that was lost on the way."""
-        moments = pairwise([self.sent_s, *self.times_s])
-        gaps = sorted((later - earlier for earlier, later in moments), reverse=True)
-        return gaps[: int(self.done["attempts"]) - 1] if self.done else []
+    lost_s: float = 0.0
+    """When the worker that held it was last harmed; the token with index `resumes_at` is the first of the next one."""
+    resumes_at: int = 0
+    pauses_s: list[float] = field(default_factory=list)
+    """From such harm to the next worker's first token."""
 
     @property
     def longest_pause_s(self) -> float:
@@ -58,6 +57,9 @@ class Told:
             self.token_ids += event.data["token_ids"]
             self.text += event.data["text"]
             self.times_s.append(time.monotonic())
+            if self.lost_s and len(self.token_ids) > self.resumes_at:
+                self.pauses_s.append(self.times_s[-1] - self.lost_s)
+                self.lost_s = 0.0
         elif event.name == "done":
             self.done = event.data
         elif event.name == "error":
@@ -78,11 +80,10 @@ class Told:
         return None
 
 
-async def follow(urls: Urls, body: dict[str, Any], *, told: Told | None = None, leave_after: int | None = None) -> Told:
-    """Ask for a completion as a stream; when the connection breaks, go on at another API process.
-
-    `leave_after`: hang up for good after so many tokens.
-    """
+async def follow(
+    urls: Urls, body: dict[str, Any], *, told: Told | None = None, headers: Mapping[str, str] = MappingProxyType({})
+) -> Told:
+    """Ask for a completion as a stream; when the connection breaks, go on at another API process."""
     told = told or Told()
     told.sent_s = time.monotonic()
     while told.done is None and told.error is None:
@@ -91,11 +92,11 @@ async def follow(urls: Urls, body: dict[str, Any], *, told: Told | None = None, 
             async with Connection(random.choice(urls())) as connection:
                 told.num_connections += 1
                 if not told.job_id:
-                    status = await connection.begin("POST", "/generate", body | {"stream": True})
+                    status = await connection.begin("POST", "/generate", body | {"stream": True}, **headers)
                     told.job_id = connection.headers.get("x-job-id", "")
                 else:
                     status = await connection.begin(
-                        "GET", f"/jobs/{told.job_id}/events", last_event_id=told.cursor or "0"
+                        "GET", f"/jobs/{told.job_id}/events", last_event_id=told.cursor or "0", **headers
                     )
                 if status != 200:
                     if status == 503:  # an API process that has just started, or Redis is away
@@ -105,8 +106,6 @@ async def follow(urls: Urls, body: dict[str, Any], *, told: Told | None = None, 
                     break
                 async for event in connection.events():
                     told.hear(event)
-                    if leave_after is not None and len(told.token_ids) >= leave_after:
-                        return told
         except ConnectionLost:
             await asyncio.sleep(RECONNECT_S)
     return told

@@ -1,8 +1,9 @@
 -- Is there room in the line? Who is refused is told when to come back, and room is kept for it then: else whoever
 -- asks at the right moment gets what somebody else was told to wait for, and obeying `Retry-After` is for fools.
--- Promises are as far apart as the service needs for one such job, and nobody has to come: room is kept for those due
--- within AHEAD_MS and for GRACE_MS after, and at most half of the line.
-local AHEAD_MS, GRACE_MS, EARLY_MS, MOST_MS, MARGIN = 2000, 4000, 250, 120000, 1.1
+-- Promises are as far apart as the service needs for one such job. Nobody has to come, so room is kept only for those
+-- due within AHEAD_MS and for GRACE_MS after, never more than half of the line; and a quarter while anything is promised
+-- at all, so that those who come a little early or late do not find it full.
+local AHEAD_MS, GRACE_MS, EARLY_MS, MOST_MS, MOST_PROMISES = 2000, 4000, 250, 600000, 20000
 
 -- Returns nil when the job fits, else the milliseconds until it should be tried again (0: the speed is unknown).
 local function no_room(model, who, cost, counts, max_jobs, max_cost, now)
@@ -10,9 +11,10 @@ local function no_room(model, who, cost, counts, max_jobs, max_cost, now)
   redis.call('ZREMRANGEBYSCORE', promises, '-inf', now - GRACE_MS)
   local due = tonumber(redis.call('ZSCORE', promises, who) or 0)
   local returns = due > 0 and due <= now + EARLY_MS
-  local held = 0
-  if not returns then
-    held = math.min(redis.call('ZCOUNT', promises, '-inf', now + AHEAD_MS), math.floor(max_jobs / 2))
+  local num_promises, held, spare = redis.call('ZCARD', promises), 0, math.floor(max_jobs / 4)
+  if num_promises > 0 and not returns then
+    local num_due = redis.call('ZCOUNT', promises, '-inf', now + AHEAD_MS)
+    held = math.max(spare, math.min(num_due, math.floor(max_jobs / 2)))
   end
   local held_cost = math.min(held * cost, max_cost / 2)
   if counts.queued + held + 1 <= max_jobs and counts.queued_cost + held_cost + cost <= max_cost then
@@ -25,9 +27,10 @@ local function no_room(model, who, cost, counts, max_jobs, max_cost, now)
   if counts.speed <= 0 then
     return 0
   end
-  local apart = MARGIN * cost / counts.speed * 1000
-  local next_due = returns and now + apart or math.max(now, counts.promised) + apart
-  if next_due - now <= MOST_MS then
+  local apart = cost / counts.speed * 1000
+  local first = math.min(spare, counts.queued_cost / cost) * apart
+  local next_due = returns and now + apart or math.max(now + first, counts.promised) + apart
+  if next_due - now <= MOST_MS and num_promises < MOST_PROMISES then
     redis.call('ZADD', promises, next_due, who)
     redis.call('PEXPIRE', promises, MOST_MS + GRACE_MS)
     if not returns then redis.call('HSET', COUNTS .. model, 'promised', math.ceil(next_due)) end

@@ -41,7 +41,7 @@ async def full(bench: Bench) -> Bench:
 
 async def test_promises_are_as_far_apart_as_the_service_needs(full: Bench) -> None:
     waits = [(await refused(full, prompt_ids=(1, number))).retry_after_s for number in range(10, 15)]
-    assert waits == [pytest.approx(1.65 * place, abs=0.2) for place in range(1, 6)]
+    assert waits == [pytest.approx(1.5 * place, abs=0.2) for place in range(2, 7)]
 
 
 async def test_without_a_measured_speed_nothing_is_promised(full: Bench) -> None:
@@ -50,11 +50,11 @@ async def test_without_a_measured_speed_nothing_is_promised(full: Bench) -> None
     assert not full.client.exists(keys.PROMISES + MODEL)
 
 
-async def test_no_promise_reaches_beyond_two_minutes(full: Bench) -> None:
-    for number in range(80):
-        wait_s = (await refused(full, prompt_ids=(1, number))).retry_after_s
-    assert wait_s == 120
-    assert full.client.zcard(keys.PROMISES + MODEL) < 80
+async def test_no_promise_reaches_beyond_ten_minutes(full: Bench) -> None:
+    full.client.hset(keys.COUNTS + MODEL, "speed", 0.06)
+    waits = [(await refused(full, prompt_ids=(1, number))).retry_after_s for number in range(6)]
+    assert waits == [pytest.approx(400, abs=1), *[pytest.approx(600, abs=1)] * 5]
+    assert full.client.zcard(keys.PROMISES + MODEL) == 2
 
 
 async def test_who_comes_back_in_time_goes_before_newcomers(full: Bench) -> None:
@@ -63,7 +63,7 @@ async def test_who_comes_back_in_time_goes_before_newcomers(full: Bench) -> None
     [who] = promises(full)
     full.take()  # one may wait now, and that one is promised
     assert (await refused(full, prompt_ids=(8, 8))).retry_after_s
-    assert 1 < ((await refused(full, **patient)).retry_after_s or 0) <= 1.65, "it came too early; its time stands"
+    assert 2 < ((await refused(full, **patient)).retry_after_s or 0) <= 3, "it came too early; its time stands"
     now_ms = full.client.time()[0] * 1000
     full.client.zadd(keys.PROMISES + MODEL, {who: now_ms}, xx=True)  # its time has come
     await full.admit(**patient, sampling={"temperature": 1.0, "seed": 99})  # the seed was drawn anew
