@@ -106,7 +106,8 @@ def step_s(cluster: Cluster) -> float:
     """Mean length of one step, as the worker measured it."""
     with urllib.request.urlopen(f"http://127.0.0.1:{cluster.settings['worker_metrics_port']}/metrics") as page:
         text = page.read().decode()
-    numbers = {line.split("{")[0]: float(line.split()[-1]) for line in text.splitlines() if "worker_step_sec" in line}
+    lines = [line for line in text.splitlines() if line.startswith("worker_step_seconds_")]
+    numbers = {line.split("{")[0]: float(line.split()[-1]) for line in lines}
     return numbers["worker_step_seconds_sum"] / numbers["worker_step_seconds_count"]
 
 
