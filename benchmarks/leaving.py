@@ -137,7 +137,7 @@ async def disconnects(cluster: Cluster, count: int) -> bool:
         await asyncio.gather(*(client() for _ in range(CLIENTS)))
 
     def memory() -> dict[str, float]:
-        return {name: psutil.Process(one.popen.pid).memory_info().rss / 2**20 for name, one in processes.items()}
+        return {name: psutil.Process(one.pid).memory_info().rss / 2**20 for name, one in processes.items()}
 
     async def settled() -> tuple[int, float]:
         """Keys and memory of Redis when all is over and forgotten."""

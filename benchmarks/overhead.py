@@ -162,7 +162,7 @@ def cpu_s(cluster: Cluster) -> dict[str, float]:
     redis = cluster.redis.process
     assert redis is not None
     found = {"client": psutil.Process(), "redis": psutil.Process(redis.pid)}
-    found |= {f"api{place}": psutil.Process(api.popen.pid) for place, api in enumerate(cluster.apis.values())}
+    found |= {f"api{place}": psutil.Process(api.pid) for place, api in enumerate(cluster.apis.values())}
     return {name: sum(process.cpu_times()[:2]) for name, process in found.items()}
 
 
@@ -170,7 +170,7 @@ def run_null(seconds: float) -> None:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="smollm-null-") as folder:
         write_tiny_export(Path(folder) / "models", NULL_MODEL)
-        limits = {"max_queued_jobs": 100_000, "max_queued_tokens": 10**9, "log_format": "json"}
+        limits: dict[str, Any] = {"max_queued_jobs": 100_000, "max_queued_tokens": 10**9, "log_format": "json"}
         cluster = Cluster(Path(folder), model=NULL_MODEL, models_dir=Path(folder) / "models", **limits)
         stop, cpu = context.Event(), context.Value("d", 0.0)
         worker = context.Process(target=work, args=(cluster.redis.url, 16, stop, cpu))

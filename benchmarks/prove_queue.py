@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from service.queue import keys
-from tests.e2e.cluster import Cluster
+from tests.e2e.cluster import AnyProcess, Cluster
+from tests.e2e.nursery import Nursery
 from tests.e2e.streams import Told, bodies, follow
-from tests.processes import PATIENCE_S, Process
+from tests.processes import PATIENCE_S
 
 WANTED: Final = {"workers": 200, "apis": 100, "zombies": 20, "redis": 20, "rolling": 5}
 NUM_WORKERS: Final = 5
@@ -125,7 +126,7 @@ class Proof:
             assert time.monotonic() < give_up_at, f"waited {PATIENCE_S:g} s for {what}"
             await asyncio.sleep(0.05)
 
-    async def victim(self, *, beside: int = 2) -> tuple[Process, list[Told]]:
+    async def victim(self, *, beside: int = 2) -> tuple[AnyProcess, list[Told]]:
         """A random worker that holds streams in the middle, and those, while at least `beside` others serve."""
         while True:
             serving = self.cluster.serving_workers()
@@ -191,7 +192,7 @@ async def roll(proof: Proof) -> None:
     for old in list(cluster.workers):
         new = cluster.start_worker()
         await proof.until(lambda new=new: new in cluster.serving_workers(), "the successor")  # type: ignore[misc]
-        old.popen.send_signal(signal.SIGTERM)
+        old.send(signal.SIGTERM)
         code = await asyncio.to_thread(old.wait, PATIENCE_S)
         assert code == 0, old.log
         cluster.workers.remove(old)
@@ -231,6 +232,7 @@ def main() -> int:
     parts: dict[str, Part] = {}
     if options.results and options.results.exists():
         parts = {name: Part(**values) for name, values in json.loads(options.results.read_text()).items()}
+    nursery = Nursery()
     for name in options.parts or WANTED:
         part = parts.setdefault(name, Part(stops_all=name == "redis"))
         count = (options.count or WANTED[name]) - part.harms
@@ -239,13 +241,14 @@ def main() -> int:
         print(f"{name}: {count} times", flush=True)
         with tempfile.TemporaryDirectory(prefix="smollm-proof-") as folder:
             # No attempt is the last one: here workers die more often than any prompt could be blamed for.
-            cluster = Cluster(Path(folder), num_slots=NUM_STREAMS, max_attempts=1_000, result_ttl_s=60)
+            cluster = Cluster(Path(folder), nursery=nursery, num_slots=NUM_STREAMS, max_attempts=1_000, result_ttl_s=60)
             try:
                 asyncio.run(Proof(cluster, part).run(HARMS[name], count, limit_s=options.limit_s))
             finally:
                 cluster.stop()
         if options.results:
             options.results.write_text(json.dumps({name: asdict(part) for name, part in parts.items()}))
+    nursery.stop()
     print(table(parts))
     slow = [name for name in ("workers", "zombies") if name in parts and parts[name].pause_s(0.95) > PAUSE_LIMIT_S]
     return int(bool(slow or any(part.differing for part in parts.values())))

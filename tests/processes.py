@@ -46,6 +46,13 @@ class Process:
             )
 
     @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def send(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    @property
     def log(self) -> str:
         return self.log_path.read_text()
 

@@ -17,10 +17,12 @@ from service.queue.local_server import LocalRedis, start_redis
 from shared.checkpoint import write_export
 from shared.config import ModelConfig
 from shared.model import SmolLM2
+from tests.e2e.nursery import Foundling, Nursery
 from tests.processes import Process, free_port, wait_until
 from tests.tiny import TINY, tiny_tokenizer
 
 MODEL = "steady"
+AnyProcess = Process | Foundling
 
 STEADY: ModelConfig = dataclasses.replace(TINY, max_position_embeddings=2_048, num_hidden_layers=16)
 """Deep enough that a completion takes seconds: something can happen to it in the middle."""
@@ -38,10 +40,19 @@ def write_steady_export(models_dir: Path) -> None:
 class Cluster:
     """One Redis with an append-only file, any number of API and worker processes."""
 
-    def __init__(self, root: Path, *, model: str = MODEL, models_dir: Path | None = None, **settings: Any) -> None:
-        """`settings` are those of the service, for all processes, in lower case."""
+    def __init__(
+        self,
+        root: Path,
+        *,
+        model: str = MODEL,
+        models_dir: Path | None = None,
+        nursery: Nursery | None = None,
+        **settings: Any,
+    ) -> None:
+        """`settings` are those of the service, for all processes, in lower case. A nursery starts them sooner."""
         self.root = root
         self.model = model
+        self.nursery = nursery
         self.settings = {
             "models_dir": models_dir or root / "models",
             "runs_dir": root / "runs",
@@ -57,16 +68,16 @@ class Cluster:
         self.redis_port = free_port()
         self.redis = self.start_redis()
         self.client: redis.Redis = blocking_redis(self.redis.url)
-        self.apis: dict[str, Process] = {}
+        self.apis: dict[str, AnyProcess] = {}
         """URL -> process."""
-        self.workers: list[Process] = []
+        self.workers: list[AnyProcess] = []
         self._num_started = 0
 
     def start_redis(self) -> LocalRedis:
         self.redis = start_redis(port=self.redis_port, directory=self.root / "redis")
         return self.redis
 
-    def start_worker(self, **settings: Any) -> Process:
+    def start_worker(self, **settings: Any) -> AnyProcess:
         worker = self._start("worker", settings)
         self.workers.append(worker)
         return worker
@@ -78,11 +89,14 @@ class Cluster:
         self.apis[url] = self._start("api", {}, API_PORT=port)
         return url
 
-    def _start(self, command: str, settings: dict[str, Any], **environment: Any) -> Process:
+    def _start(self, command: str, settings: dict[str, Any], **environment: Any) -> AnyProcess:
         self._num_started += 1
         environment |= {f"SMOLLM_{name.upper()}": value for name, value in (self.settings | settings).items()}
         log = self.root / f"{command}{self._num_started}.log"
-        return Process(["service", command], log=log, SMOLLM_REDIS_URL=self.redis.url, **environment)
+        environment["SMOLLM_REDIS_URL"] = self.redis.url
+        if self.nursery is not None:
+            return self.nursery.start(command, log=log, **environment)
+        return Process(["service", command], log=log, **environment)
 
     def wait_until_ready(self, num_workers: int | None = None) -> None:
         """Wait until every API process serves and so many workers take jobs (all that were started, by default)."""
@@ -91,21 +105,22 @@ class Cluster:
         wanted = len(self.workers) if num_workers is None else num_workers
         wait_until(lambda: len(self.serving_workers()) >= wanted, f"{wanted} workers")
 
-    def serving_workers(self) -> list[Process]:
+    def serving_workers(self) -> list[AnyProcess]:
         """Workers of ours that say now that they take jobs."""
         seen = [str(name) for name in self.client.zrange(keys.SERVED + self.model, 0, -1)]
         return [worker for worker in self.workers if any(is_of(name, worker) for name in seen)]
 
-    def holder_of(self, job_id: str) -> Process:
+    def holder_of(self, job_id: str) -> AnyProcess:
         """The worker that has, or last had, a job."""
-        return wait_until(lambda: self.find_holder(job_id), f"a worker to take {job_id}")
+        holder: AnyProcess = wait_until(lambda: self.find_holder(job_id), f"a worker to take {job_id}")
+        return holder
 
-    def find_holder(self, job_id: str) -> Process | None:
+    def find_holder(self, job_id: str) -> AnyProcess | None:
         """As `holder_of`, or None if nobody took it yet or who did was killed."""
         name = str(self.client.hget(keys.JOB + job_id, "worker"))
         return next((worker for worker in self.workers if is_of(name, worker)), None)
 
-    def kill_worker(self, worker: Process) -> None:
+    def kill_worker(self, worker: AnyProcess) -> None:
         worker.kill()
         self.workers.remove(worker)
 
@@ -125,9 +140,9 @@ class Cluster:
         self.redis.stop()
 
 
-def is_of(worker_name: str, process: Process) -> bool:
+def is_of(worker_name: str, process: AnyProcess) -> bool:
     """A worker's name is host, process id and four digits."""
-    return worker_name.rsplit("-", 2)[-2:-1] == [str(process.popen.pid)]
+    return worker_name.rsplit("-", 2)[-2:-1] == [str(process.pid)]
 
 
 def get(url: str, path: str) -> tuple[int, Any]:

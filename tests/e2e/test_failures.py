@@ -68,8 +68,8 @@ async def test_worker_told_to_stop(cluster: Cluster) -> None:
 
     async def stop(told: list[Told]) -> None:
         worker = cluster.holder_of(told[0].job_id)
-        worker.ask_to_end()
-        worker.ask_to_end()  # twice: no grace
+        worker.send(signal.SIGTERM)
+        worker.send(signal.SIGTERM)  # twice: no grace
         assert await asyncio.to_thread(worker.wait, PATIENCE_S) == 0, worker.log
         cluster.workers.remove(worker)
         cluster.start_worker()
@@ -198,7 +198,7 @@ async def test_rolling_restart(cluster: Cluster) -> None:
         for old in list(cluster.workers):
             new = cluster.start_worker()
             await until(lambda new=new: new in cluster.serving_workers(), "the new worker")  # type: ignore[misc]
-            old.popen.send_signal(signal.SIGTERM)
+            old.send(signal.SIGTERM)
             assert await asyncio.to_thread(old.wait, PATIENCE_S) == 0, old.log
             cluster.workers.remove(old)
 

@@ -1,8 +1,8 @@
 -- Is there room in the line? Who is refused is told when to come back, and room is kept for it then: else whoever
 -- asks at the right moment gets what somebody else was told to wait for, and obeying `Retry-After` is for fools.
 -- Promises are as far apart as the service needs for one such job. Nobody has to come, so room is kept only for those
--- due within AHEAD_MS and for GRACE_MS after, never more than half of the line; and a quarter while anything is promised
--- at all, so that those who come a little early or late do not find it full.
+-- due within AHEAD_MS and for GRACE_MS after, never more than half of the line; and a quarter while anything is
+-- promised at all, so that those who come a little early or late do not find it full.
 local AHEAD_MS, GRACE_MS, EARLY_MS, MOST_MS, MOST_PROMISES = 2000, 4000, 250, 600000, 20000
 
 -- Returns nil when the job fits, else the milliseconds until it should be tried again (0: the speed is unknown).
