@@ -112,7 +112,9 @@ class Cluster:
 
     def holder_of(self, job_id: str) -> AnyProcess:
         """The worker that has, or last had, a job."""
-        holder: AnyProcess = wait_until(lambda: self.find_holder(job_id), f"a worker to take {job_id}")
+        wait_until(lambda: self.find_holder(job_id) is not None, f"a worker to take {job_id}")
+        holder = self.find_holder(job_id)
+        assert holder is not None
         return holder
 
     def find_holder(self, job_id: str) -> AnyProcess | None:
