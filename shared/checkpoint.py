@@ -25,6 +25,7 @@ from shared.catalog import SAFETENSORS_NAME, ModelFolder, find_weights, pt_name,
 from shared.config import ModelConfig
 from shared.errors import WeightsError
 from shared.files import atomic_folder, sha256_file, storage_errors, write_atomically
+from shared.gguf_export import GgufKind, write_gguf
 from shared.model import SmolLM2, rope_tables
 from shared.tokenizer import Tokenizer
 
@@ -42,6 +43,7 @@ def write_export(
     end_token_ids: Sequence[int] | None = None,
     generation_settings: Mapping[str, Any] | None = None,
     details: Mapping[str, Any] | None = None,
+    gguf_kinds: Sequence[GgufKind] = (),
 ) -> dict[str, Any]:
     """Write one export, replacing the folder as a whole, and return its manifest.
 
@@ -51,6 +53,7 @@ def write_export(
         end_token_ids: tokens that end a completion; the end of text unless given.
         generation_settings: further entries of `generation_config.json`, such as a default temperature.
         details: further entries of the manifest: step, data hash, recipe, source.
+        gguf_kinds: GGUF files to write besides, for llama.cpp: `NAME-F16.gguf`, `NAME-Q8_0.gguf`.
 
     Raises:
         WeightsError: a weight is not finite, or beyond what 16 bits hold.
@@ -74,6 +77,11 @@ def write_export(
         write_json(target / "config.json", model.config.to_hf())
         write_json(target / "generation_config.json", generation)
         tokenizer.save(target)
+        for kind in gguf_kinds:
+            path = target / f"{folder.name}-{kind.upper()}.gguf"
+            write_gguf(
+                path, tensors, model.config, tokenizer, name=folder.name, kind=kind, end_token_id=end_token_ids[0]
+            )
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(target.iterdir())
         }

@@ -91,6 +91,15 @@ def build_parser() -> argparse.ArgumentParser:
         "export", parents=[run_options, checkpoint_options], help="write a checkpoint as models/NAME"
     )
     export.add_argument("--name", metavar="NAME", help="default: the recipe's export_name, else the run's name")
+    export.add_argument(
+        "--gguf",
+        action="append",
+        nargs="?",
+        choices=("f16", "q8_0"),
+        const="f16",
+        default=[],
+        help="write a GGUF file for llama.cpp as well: f16 (default) or q8_0; may be repeated",
+    )
     return parser
 
 

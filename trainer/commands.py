@@ -158,6 +158,7 @@ def export(options: Options) -> list[str]:
         data.token_files,
         trained_length=config.sequence_length,
         details=export_details(folder, config, state),
+        gguf_kinds=options.gguf,
     )
     assert exported is not None, "nothing asks it to stop"
     return [exported.summary()]
