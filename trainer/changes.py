@@ -31,6 +31,7 @@ SAFE_ON_RESUME = frozenset(
         "save_every",
         "keep_checkpoints",
         "overfit_gap",
+        "track",
         "export_name",
     }
 )

@@ -219,6 +219,9 @@ class TrainConfig(Section):
     overfit_gap: Annotated[float, Field(gt=0)] = Field(
         0.5, description="alarm when held-out loss exceeds train loss by this many nats while it rises"
     )
+    track: Literal["off", "trackio", "wandb"] = Field(
+        "off", description="send the curves to trackio or Weights & Biases as well; the package is yours to install"
+    )
     export_name: Name | None = Field(None, description="folder under models/; default: the run's name")
 
     @model_validator(mode="after")

@@ -66,7 +66,8 @@ class Export:
     parity: Parity
 
     def summary(self) -> str:
-        files = ", ".join(f"{name} {entry['bytes'] / 2**20:.1f} MiB" for name, entry in self.manifest["files"].items())
+        sizes = {name: entry["bytes"] for name, entry in self.manifest["files"].items() if not name.endswith(".json")}
+        files = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items())
         return (
             f"exported to {self.folder}: {files}\n"
             f"{self.parity.summary()}, largest weight {self.manifest['largest_weight']:.3g} (FP16 holds 65,504)"

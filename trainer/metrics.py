@@ -4,7 +4,7 @@ Rows of metrics.jsonl, each with the time it was written:
 
     {"kind": "run", "state": "running|finished|stopped", "at_step", "num_steps", "stages": [{"name", ...}]}
     {"kind": "train", "step", "stage", "loss", "learning_rate", "tokens_per_second", "mfu", "grad_norm",
-     "source_loss": {source: nats}, "tokens"}
+     "source_loss": {source: nats}, "source_share": {source: share of the tokens since the row before}, "tokens"}
     {"kind": "evaluation", "step", "held_out": {source: {"loss", "bits_per_byte", "perplexity"}},
      "train_gap": {source: nats}}
 
@@ -14,7 +14,7 @@ Rows of metrics.jsonl, each with the time it was written:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from shared.config import ModelConfig
 from trainer.run_folder import RunFolder, append_row, keep_rows_through
+from trainer.track import Tracker
 
 MFU_FORMULA = "(6 x parameters + 12 x layers x hidden size x sequence length) x tokens per second / peak FLOP/s"
 
@@ -40,8 +41,9 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 class Metrics:
     """Writes rows and remembers them; after a resume it goes on from the rows up to the restored step."""
 
-    def __init__(self, folder: RunFolder, *, resume_step: int) -> None:
+    def __init__(self, folder: RunFolder, *, resume_step: int, tracker: Tracker | None = None) -> None:
         self.folder = folder
+        self.tracker = tracker or Tracker("off", run=folder.name, settings={})
         self.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=resume_step + 1)
         self.rows: list[dict[str, Any]] = []
         self.evaluated_steps: set[int] = set()
@@ -66,17 +68,20 @@ class Metrics:
     def train(self, row: dict[str, Any]) -> None:
         self.write({"kind": "train", **row})
         names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
-        self.scalars(row["step"], {f"train/{name}": row[name] for name in names if row[name] is not None})
-        self.scalars(row["step"], {f"train_loss/{source}": loss for source, loss in row["source_loss"].items()})
+        values = {f"train/{name}": row[name] for name in names if row[name] is not None}
+        values |= {f"train_loss/{source}": loss for source, loss in row["source_loss"].items()}
+        values |= {f"train_share/{source}": share for source, share in row["source_share"].items()}
+        self.scalars(row["step"], values)
 
     def evaluation(
         self, step: int, held_out: Mapping[str, Mapping[str, float]], train_gap: Mapping[str, float]
     ) -> None:
         self.write({"kind": "evaluation", "step": step, "held_out": held_out, "train_gap": train_gap})
         self.evaluated_steps.add(step)
+        values = {f"train_gap/{source}": gap for source, gap in train_gap.items()}
         for source, numbers in held_out.items():
-            self.scalars(step, {f"held_out_{name}/{source}": value for name, value in numbers.items()})
-        self.scalars(step, {f"train_gap/{source}": gap for source, gap in train_gap.items()})
+            values |= {f"held_out_{name}/{source}": value for name, value in numbers.items()}
+        self.scalars(step, values)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -87,6 +92,7 @@ class Metrics:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
+        self.tracker.log(values, step=step)
 
     def of_kind(self, kind: str, *, after: int = -1, through: int | None = None) -> list[dict[str, Any]]:
         """Rows of one kind with after < step <= through."""
@@ -98,6 +104,26 @@ class Metrics:
 
     def close(self) -> None:
         self.tensorboard.close()
+        self.tracker.close()
+
+
+class SharesDrawn:
+    """Tokens trained on per source since somebody asked last."""
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        self.counts = dict.fromkeys(sources, 0)
+
+    def add(self, tokens_S: Iterable[int]) -> None:
+        """Count one step's tokens, in the sources' order."""
+        for source, count in zip(self.counts, tokens_S, strict=True):
+            self.counts[source] += int(count)
+
+    def take(self) -> dict[str, float]:
+        """Return each source's share, and count anew."""
+        total = max(1, sum(self.counts.values()))
+        shares = {source: count / total for source, count in self.counts.items() if count}
+        self.counts = dict.fromkeys(self.counts, 0)
+        return shares
 
 
 class Clock:

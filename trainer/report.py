@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.curriculum import Stage
@@ -10,15 +11,68 @@ from trainer.evaluate import HeldOut
 from trainer.progress import duration
 
 
-def progress_line(row: Mapping[str, Any], *, num_steps: int, eta_s: float) -> str:
-    """One step for the console: where it is, how it learns, how fast."""
-    sources = " ".join(f"{source} {loss:.2f}" for source, loss in row["source_loss"].items())
-    mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
-    return (
-        f"step {row['step']:>{len(str(num_steps))}}/{num_steps} {row['step'] / num_steps:4.0%} | {row['stage']} | "
-        f"loss {row['loss']:.3f} ({sources}) | lr {row['learning_rate']:.2e} | |g| {row['grad_norm']:.2f} | "
-        f"{row['tokens_per_second']:,.0f} tok/s | MFU {mfu} | ETA {duration(eta_s)}"
-    )
+@dataclass(frozen=True)
+class ProgressLines:
+    """One train row as a line of the log and as a line of a terminal."""
+
+    row: Mapping[str, Any]
+    num_steps: int
+    eta_s: float
+
+    def plain(self) -> str:
+        """Where it is, how it learns and from what, how fast."""
+        row, num_steps = self.row, self.num_steps
+        sources = ", ".join(f"{source} {numbers}" for source, numbers in source_figures(row).items())
+        return (
+            f"step {row['step']:>{len(str(num_steps))}}/{num_steps} {row['step'] / num_steps:4.0%} | {row['stage']} | "
+            f"loss {row['loss']:.3f} ({sources}) | lr {row['learning_rate']:.2e} | |g| {row['grad_norm']:.2f} | "
+            f"{row['tokens_per_second']:,.0f} tok/s | MFU {mfu_text(row)} | ETA {duration(self.eta_s)}"
+        )
+
+    def live(self, width: int) -> str:
+        """The same within `width` columns: what matters least leaves first where it is narrow."""
+        row, share = self.row, self.row["step"] / self.num_steps
+        sources = " · ".join(f"{source} {numbers}" for source, numbers in source_figures(row).items())
+        parts = [  # text, and when it leaves: the largest number first, 0 never
+            (progress_bar(share), 4),
+            (f"{share:4.0%}", 0),
+            (f"{row['step']:,}/{self.num_steps:,}", 2),
+            (row["stage"], 5),
+            (f"loss {row['loss']:.3f}", 0),
+            (sources, 3),
+            (f"lr {row['learning_rate']:.1e}", 6),
+            (f"{row['tokens_per_second']:,.0f} tok/s", 1),
+            (f"MFU {mfu_text(row)}", 7),
+            (f"{duration(self.eta_s)} left", 0),
+        ]
+        for staying in range(7, -1, -1):
+            line = "  ".join(text for text, leaves in parts if leaves <= staying)
+            if len(line) < width:
+                break
+        return line[: max(0, width - 1)]
+
+
+BAR_CELLS = 16
+
+
+def progress_bar(share: float) -> str:
+    """A bar of `BAR_CELLS` characters, in half cells."""
+    halves = round(2 * BAR_CELLS * min(1.0, share))
+    done = "━" * (halves // 2) + "╸" * (halves % 2)
+    return done.ljust(BAR_CELLS, "─")
+
+
+def source_figures(row: Mapping[str, Any]) -> dict[str, str]:
+    """Each source's loss of this step and its share of the tokens since the row before."""
+    figures = {}
+    for source, share in row["source_share"].items():
+        loss = row["source_loss"].get(source)
+        figures[source] = f"{share:.0%}" if loss is None else f"{loss:.2f} {share:.0%}"
+    return figures
+
+
+def mfu_text(row: Mapping[str, Any]) -> str:
+    return "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
 
 
 def evaluation_table(step: int, results: Mapping[str, HeldOut], gaps: Mapping[str, float]) -> str:
@@ -36,25 +90,42 @@ def evaluation_table(step: int, results: Mapping[str, HeldOut], gaps: Mapping[st
 def stage_summary(
     number: int, stage: Stage, rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> str:
-    """What a stage did, from its logged steps."""
-    shares = ", ".join(f"{source} {share:.0%}" for source, share in stage.shares.items())
-    lines = [f"=== stage {number} ({stage.name}), steps {stage.start_step}-{stage.end_step}, {shares}"]
+    """What a stage did, from its logged steps: one line over all, one per source."""
+    lines = [f"=== stage {number} ({stage.name}), steps {stage.start_step}-{stage.end_step}"]
     if rows:
         mean = sum(row["loss"] for row in rows) / len(rows)
+        speed = sorted(row["tokens_per_second"] for row in rows)[len(rows) // 2]
         lines.append(
             f"  train loss: first {rows[0]['loss']:.4f}, mean {mean:.4f}, last {rows[-1]['loss']:.4f} "
-            f"({len(rows)} logged steps)"
+            f"({len(rows)} logged steps); median {speed:,.0f} tok/s"
         )
-        for source in stage.shares:
-            losses = [row["source_loss"][source] for row in rows if source in row["source_loss"]]
-            if losses:
-                lines.append(f"  {source:<12} train loss: first {losses[0]:.4f}, last {losses[-1]:.4f}")
-    if evaluations:
-        before, after = evaluations[0]["held_out"], evaluations[-1]["held_out"]
-        for source, numbers in after.items():
+    before, after = (evaluations[0]["held_out"], evaluations[-1]["held_out"]) if evaluations else ({}, {})
+    drawn = mean_shares(rows)
+    for source in dict.fromkeys([*stage.shares, *after]):
+        parts = [f"share {stage.shares.get(source, 0.0):.0%}"]
+        if source in drawn:
+            parts[0] += f", drawn {drawn[source]:.1%}"
+        losses = [row["source_loss"][source] for row in rows if source in row["source_loss"]]
+        if losses:
+            parts.append(f"train loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+        if source in after:
             earlier = f"{before[source]['loss']:.4f} -> " if source in before else ""
-            lines.append(f"  {source:<12} held-out loss: {earlier}{numbers['loss']:.4f}")
+            bits = f"{after[source]['bits_per_byte']:.3f} bits per byte"
+            parts.append(f"held-out loss {earlier}{after[source]['loss']:.4f} ({bits})")
+        lines.append(f"  {source:<12} {'; '.join(parts)}")
     return "\n".join(lines)
+
+
+def mean_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Each source's share of the tokens behind some rows; each row stands for the steps since the one before."""
+    steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
+    steps[:1] = steps[1:2] or steps[:1]  # the first row's own beginning is not among the rows
+    totals: dict[str, float] = {}
+    for row, count in zip(rows, steps, strict=True):
+        for source, share in row.get("source_share", {}).items():
+            totals[source] = totals.get(source, 0.0) + share * count
+    whole = sum(totals.values())
+    return {source: total / whole for source, total in totals.items()} if whole else {}
 
 
 def overfit_alarms(

@@ -15,7 +15,7 @@ from trainer import report
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate, mean_loss
 from trainer.export import export_model
-from trainer.metrics import MFU_FORMULA, Clock, Metrics, flops_per_token
+from trainer.metrics import MFU_FORMULA, Clock, Metrics, SharesDrawn, flops_per_token
 from trainer.optimizer import describe_groups
 from trainer.plot import plot_run
 from trainer.prepare import PreparedData
@@ -26,6 +26,7 @@ from trainer.sample import sample_texts
 from trainer.saver import Saver
 from trainer.signals import StopRequest
 from trainer.state import Best, Checkpoints, check_free_space
+from trainer.track import Tracker
 from trainer.train import StepResult, Trainer
 
 logger = logging.getLogger("trainer")
@@ -71,7 +72,9 @@ class Run:
             per_checkpoint = self.trainer.model_config.num_parameters * FP32_COPIES_SAVED * BYTES_OF_FP32
             check_free_space(folder.path, per_checkpoint * (config.keep_checkpoints + 2))
         self.first_step = self.saved_step = self.logged_step = self.trainer.step
-        self.metrics = Metrics(folder, resume_step=self.trainer.step)
+        self.shares_drawn = SharesDrawn(self.trainer.batches.source_names)
+        tracker = Tracker(config.track, run=folder.name, settings=config.model_dump(mode="json", exclude_none=True))
+        self.metrics = Metrics(folder, resume_step=self.trainer.step, tracker=tracker)
         self.clock = Clock()
 
     @property
@@ -136,6 +139,7 @@ class Run:
         result = self.trainer.train_step(lambda: stop.is_urgent and self.processes.is_alone)
         if result is None:
             return
+        self.shares_drawn.add(result.source_tokens_S)
         is_logged = self.step == 1 or self.is_due(self.config.log_every)  # the first tells a person that it runs
         if not (is_logged or self.owes_evaluation() or self.owes_samples() or self.owes_save() or stop.requested):
             return
@@ -189,11 +193,13 @@ class Run:
                 for index, source in enumerate(self.trainer.batches.source_names)
                 if result.source_tokens_S[index]
             },
+            "source_share": self.shares_drawn.take(),
             "tokens": self.step * self.config.tokens_per_step,
         }
         self.metrics.train(row)
         eta_s = self.clock.total_s / max(1, self.step - self.first_step) * (self.config.num_steps - self.step)
-        self.log.progress(report.progress_line(row, num_steps=self.config.num_steps, eta_s=eta_s))
+        lines = report.ProgressLines(row, num_steps=self.config.num_steps, eta_s=eta_s)
+        self.log.progress(lines.plain(), lines.live)
 
     def observe(self, should_stop: Callable[[], bool]) -> None:
         """Evaluate and sample where this step owes it; what a signal cuts short the resumed run owes again."""

@@ -6,8 +6,10 @@ On a terminal progress is one line that renews itself; elsewhere it is a plain l
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -45,10 +47,14 @@ class RunLog:
         """Write to both; several lines stay together."""
         self.logger.info(text)
 
-    def progress(self, text: str) -> None:
-        """Write a line of progress: to the file always, to the console as it can bear."""
+    def progress(self, text: str, live: Callable[[int], str] | None = None) -> None:
+        """Write a line of progress: to the file always, to the console as it can bear.
+
+        Args:
+            live: the text for a terminal of so many columns, where it is another than the log's.
+        """
         self.to_file(text)
-        self.console_handler.progress(text)
+        self.console_handler.progress(text, live)
 
     def to_file(self, text: str) -> None:
         self.file_handler.handle(self.logger.makeRecord("trainer", logging.INFO, "", 0, text, (), None))
@@ -77,9 +83,10 @@ class ConsoleHandler(logging.Handler):
         self.stream.write(prefix + record.getMessage() + "\n")
         self.stream.flush()
 
-    def progress(self, text: str) -> None:
+    def progress(self, text: str, live: Callable[[int], str] | None = None) -> None:
         if self.live:
-            self.stream.write(f"\r\x1b[2K{text}")  # back to the first column, wipe the line
+            shown = live(shutil.get_terminal_size().columns) if live else text
+            self.stream.write(f"\r\x1b[2K{shown}")  # back to the first column, wipe the line
             self.shows_progress = True
         elif time.monotonic() - self.last_plain >= PLAIN_PROGRESS_EVERY_S:
             self.last_plain = time.monotonic()

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
 import torch
-import xllamacpp
 from tokenizers import pre_tokenizers
 from torch.nn.functional import cross_entropy
 
@@ -26,6 +22,7 @@ from shared.gguf_import import import_gguf
 from shared.model import SmolLM2
 from shared.sampling import SamplingParams
 from shared.tokenizer import Tokenizer
+from tests.shared.llama_cpp import LlamaCpp
 from tests.tiny import TINY, TINY_TEXTS, tiny_model, tiny_tokenizer
 
 PROMPTS = ("First Citizen:", "def add(first", "Question: 12", "She sells")
@@ -36,39 +33,12 @@ def trained_model() -> SmolLM2:
     """A network that has learnt the tiny texts by heart, so that its greedy choices are clear ones."""
     model = tiny_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    ids_BT = torch.tensor([tiny_tokenizer().encode(text)[:21] for text in TINY_TEXTS])
+    ids_BT = torch.tensor([tiny_tokenizer().encode(text * 5)[:25] for text in TINY_TEXTS])
     for _ in range(80):
         cross_entropy(model(ids_BT[:, :-1]).flatten(0, 1), ids_BT[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     return model.eval().requires_grad_(False)
-
-
-class LlamaCpp:
-    """llama.cpp's own server in this process, on one thread."""
-
-    def __init__(self, path: Path) -> None:
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 256, 1, 1
-        params.n_gpu_layers, params.warmup, params.port, params.verbosity = 0, False, 0, -1
-        self.server = xllamacpp.Server(params)
-
-    def post(self, path: str, **body: Any) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self.server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            answer: dict[str, Any] = json.load(response)
-            return answer
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
-        return ids
-
-    def complete(self, prompt_ids: list[int], count: int, **body: Any) -> dict[str, Any]:
-        settings = {"temperature": 0, "samplers": ["temperature"], "return_tokens": True, "cache_prompt": False}
-        return self.post("/completion", prompt=prompt_ids, n_predict=count, **settings | body)
 
 
 @pytest.fixture(scope="module", params=["f16", "q8_0"])

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from shared.config import SMOLLM2_135M
+from shared.errors import ConfigError
+from tests.trainer.small_run import ROOT
+from trainer.curriculum import Stage
 from trainer.evaluate import HeldOut
-from trainer.metrics import Clock, Metrics, flops_per_token
+from trainer.metrics import Clock, Metrics, SharesDrawn, flops_per_token
 from trainer.progress import duration
-from trainer.report import overfit_alarms
+from trainer.report import ProgressLines, overfit_alarms, progress_bar, stage_summary
 from trainer.run_folder import RunFolder, append_row, read_rows
 from trainer.run_log import RunLog
 from trainer.signals import StopRequest
+from trainer.track import Tracker
 
 
 def test_flops_per_token_of_the_original() -> None:
@@ -56,7 +63,8 @@ def train_row(step: int) -> dict[str, object]:
         "tokens_per_second": 10.0,
         "mfu": None,
         "grad_norm": 1.0,
-        "source_loss": {"input": 3.0},
+        "source_loss": {"input": 3.0, "code": 2.5},
+        "source_share": {"input": 0.75, "code": 0.25},
         "tokens": 10 * step,
     }
 
@@ -121,6 +129,100 @@ def test_a_terminal_gets_one_live_line_and_a_file_gets_all(tmp_path: Path) -> No
     assert terminal.getvalue() == "\r\x1b[2Kstep 1\r\x1b[2Kstep 2\nheld-out\nWARNING: careful\n"
     lines = (tmp_path / "training.log").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == ["step 1", "step 2", "held-out", "careful"]
+
+
+LINES = ProgressLines(train_row(4), num_steps=1_000, eta_s=245)
+
+
+def test_a_line_of_the_log_holds_everything() -> None:
+    for words in (
+        "step    4/1000",
+        "Foundation",
+        "loss 3.000",
+        "input 3.00 75%",
+        "code 2.50 25%",
+        "lr 1.00e-03",
+        "ETA 4:05",
+    ):
+        assert words in LINES.plain()
+
+
+def test_a_live_line_fits_its_terminal_and_keeps_what_matters() -> None:
+    wide = LINES.live(200)
+    assert wide.startswith("────────────────    0%  4/1,000  Foundation  loss 3.000  input 3.00 75% · code 2.50 25%")
+    assert wide.endswith("lr 1.0e-03  10 tok/s  MFU n/a  4:05 left")
+    for width in range(10, 140):
+        assert len(LINES.live(width)) < width
+    for width in range(32, 140):
+        assert "loss 3.000" in LINES.live(width)
+        assert "left" in LINES.live(width)
+    assert progress_bar(0.5) == "━━━━━━━━────────"
+    assert progress_bar(1 / 32) == "╸───────────────"
+
+
+def test_a_terminal_gets_the_live_line(tmp_path: Path) -> None:
+    terminal = Terminal()
+    with RunLog(tmp_path / "training.log", terminal) as log:
+        log.progress("plain", lambda width: f"live in {width}")
+    assert "live in " in terminal.getvalue()
+    assert "plain" not in terminal.getvalue()
+    assert "plain" in (tmp_path / "training.log").read_text()
+
+
+def test_shares_are_counted_between_rows() -> None:
+    drawn = SharesDrawn(["input", "code", "math"])
+    drawn.add([30, 10, 0])
+    drawn.add([30, 10, 0])
+    assert drawn.take() == {"input": 0.75, "code": 0.25}
+    drawn.add([0, 0, 8])
+    assert drawn.take() == {"math": 1.0}
+
+
+def test_a_stage_summary_says_what_was_drawn_and_what_was_learnt() -> None:
+    stage = Stage("Specialized", 10, 30, {"input": 0.75, "code": 0.25})
+    rows = [{**train_row(20), "loss": 4.0}, {**train_row(30), "loss": 2.0}]
+    evaluations = [{"held_out": {"math": {"loss": loss, "bits_per_byte": 1.5}}} for loss in (9.0, 7.0)]
+    text = stage_summary(3, stage, rows, evaluations)
+    assert "=== stage 3 (Specialized), steps 10-30" in text
+    assert "first 4.0000, mean 3.0000, last 2.0000 (2 logged steps); median 10 tok/s" in text
+    assert "input        share 75%, drawn 75.0%; train loss 3.0000 -> 3.0000" in text
+    assert "math         share 0%; held-out loss 9.0000 -> 7.0000 (1.500 bits per byte)" in text
+
+
+TRACKED = """
+import sys
+from pathlib import Path
+from tests.trainer.test_metrics import train_row
+from trainer.metrics import Metrics
+from trainer.run_folder import RunFolder
+from trainer.track import Tracker
+metrics = Metrics(RunFolder(Path(sys.argv[1])), resume_step=0, tracker=Tracker("trackio", run="r", settings={"a": 1}))
+metrics.train(train_row(1))
+metrics.evaluation(1, {"input": {"loss": 2.5}}, {"input": 0.5})
+metrics.close()
+from trackio.sqlite_storage import SQLiteStorage
+print([row for row in SQLiteStorage.get_logs(PROJECT, "r")])
+"""
+
+
+def test_curves_go_to_trackio_where_a_recipe_asks(tmp_path: Path) -> None:
+    """In a process of its own: the package takes its folder from the environment when it is imported."""
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", TRACKED, str(tmp_path)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "'train/loss': 3.0" in result.stdout
+    assert "'train_share/code': 0.25" in result.stdout
+    assert "'held_out_loss/input': 2.5" in result.stdout
+
+
+@pytest.mark.parametrize("which", ["trackio", "wandb"])
+def test_a_tracker_that_is_not_installed_is_a_sentence(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, which, None)
+    with pytest.raises(ConfigError, match=f"the package {which} is not installed: pip install"):
+        Tracker(which, run="r", settings={})
 
 
 def test_elsewhere_progress_is_a_plain_line_now_and_then(tmp_path: Path) -> None:

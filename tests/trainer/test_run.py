@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from shared.catalog import read_model_folder
 from shared.checkpoint import load_export
 from shared.errors import ConfigError, WeightsError
 from tests.trainer.kills import Moment, kill_at, wait_for
-from tests.trainer.small_run import command, small_data, small_directories, train_small, weights_sha256
+from tests.trainer.small_run import ROOT, command, small_data, small_directories, train_small, weights_sha256
 from trainer.recipe import load_recipe
 from trainer.run import Run
 from trainer.run_folder import RunFolder, read_rows
@@ -112,7 +113,7 @@ def test_metrics_have_the_rows_the_page_reads(whole: RunFolder) -> None:
     assert [row["step"] for row in train] == list(range(1, 21))
     assert train[0].keys() == {
         *("kind", "step", "stage", "loss", "learning_rate", "tokens_per_second", "mfu", "grad_norm"),
-        *("source_loss", "tokens", "time"),
+        *("source_loss", "source_share", "tokens", "time"),
     }
     assert train[0]["mfu"] is None
     assert [set(row["source_loss"]) for row in train[3:9:5]] == [{"input"}, {"input", "code", "math"}]
@@ -136,10 +137,34 @@ def test_log_samples_plots_and_tensorboard_are_there(whole: RunFolder) -> None:
     samples = read_rows(whole.samples)
     assert [(row["step"], row["source"]) for row in samples] == [(s, x) for s in (10, 20) for x in ("input", "code")]
     assert all(row["prompt"] and isinstance(row["text"], str) for row in samples)
-    for name in ("loss", "loss_by_source", "bits_per_byte", "learning_rate", "throughput"):
+    for name in ("loss", "loss_by_source", "bits_per_byte", "shares", "learning_rate", "throughput"):
         assert (whole.plots / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert list(whole.tensorboard.glob("events.*"))
     assert len(Checkpoints(whole.checkpoints, keep=2).steps()) in (2, 3)
+
+
+def test_the_shares_that_were_drawn_are_those_of_the_stages(whole: RunFolder) -> None:
+    """A row a step here: 8 rows each, so every source is within one of them, and exact over a stage."""
+    rows = [row for row in read_rows(whole.metrics) if row["kind"] == "train"]
+    for stage in load_recipe("smoke").stages:
+        drawn = [row["source_share"] for row in rows if stage.start_step < row["step"] <= stage.end_step]
+        for source, share in stage.shares.items():
+            mean = sum(shares.get(source, 0.0) for shares in drawn) / len(drawn)
+            assert mean == pytest.approx(share, abs=1 / (8 * len(drawn)) + 1e-9), (stage.name, source)
+
+
+def keys_within(value: Any) -> set[str]:
+    """Every key of nested dictionaries and lists."""
+    if isinstance(value, dict):
+        return set(value) | {key for inner in value.values() for key in keys_within(inner)}
+    return {key for inner in value for key in keys_within(inner)} if isinstance(value, list) else set()
+
+
+def test_every_key_of_the_rows_stands_in_the_docs(whole: RunFolder) -> None:
+    text = (ROOT / "docs/training.md").read_text()
+    keys = keys_within(read_rows(whole.metrics)) | keys_within(read_rows(whole.samples))
+    assert {"source_share", "perplexity", "prompt"} <= keys
+    assert not {key for key in keys - set(load_recipe("smoke").data.sources) if f"`{key}`" not in text}
 
 
 # Disturbed runs end the same
