@@ -195,7 +195,7 @@ from pathlib import Path
 from tests.trainer.test_metrics import train_row
 from trainer.metrics import Metrics
 from trainer.run_folder import RunFolder
-from trainer.track import Tracker
+from trainer.track import PROJECT, Tracker
 metrics = Metrics(RunFolder(Path(sys.argv[1])), resume_step=0, tracker=Tracker("trackio", run="r", settings={"a": 1}))
 metrics.train(train_row(1))
 metrics.evaluation(1, {"input": {"loss": 2.5}}, {"input": 0.5})
