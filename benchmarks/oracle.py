@@ -161,7 +161,10 @@ def expected_end(
     min_tokens: int = 0,
     is_whole: bool = False,
 ) -> tuple[list[int], list[str], tuple[str, str | None]]:
-    """Cut the oracle's tokens at the first stop string, looking at the text of every prefix."""
+    """Cut the oracle's tokens at the first stop string, looking at the text of every prefix.
+
+    An end token flushes half a character as U+FFFD, and that may complete a stop string as well.
+    """
     decoder = tokenizer.stream_decoder()
     seen = ""
     free = 0  # characters of the first `min_tokens` tokens, where no stop string counts
@@ -174,17 +177,23 @@ def expected_end(
         if is_last:
             seen += decoder.flush()
         counted = seen[free:]
-        found = [(counted.index(string) + len(string), -len(string), string) for string in stop if string in counted]
         shown = len("".join(pieces))
-        if found:
-            end, negative_length, string = min(found)
-            return token_ids[:count], [*pieces, seen[shown : free + end + negative_length]], ("stop", string)
+        if (cut := first_stop(counted, stop)) is not None:
+            return token_ids[:count], [*pieces, seen[shown : free + cut[0]]], ("stop", cut[1])
         held = max((n for string in stop for n in range(len(string)) if counted.endswith(string[:n])), default=0)
         pieces.append(seen[shown : len(seen) if is_last else len(seen) - held])
     if is_whole or len(token_ids) == room:
         return token_ids, pieces, ("stop" if is_whole else "length", None)
-    whole = seen + decoder.flush()
-    return token_ids, [*pieces, whole[len("".join(pieces)) :]], ("stop", None)
+    whole, shown = seen + decoder.flush(), len("".join(pieces))
+    if (cut := first_stop(whole[free:], stop)) is not None:
+        return token_ids, [*pieces, whole[shown : free + cut[0]]], ("stop", cut[1])
+    return token_ids, [*pieces, whole[shown:]], ("stop", None)
+
+
+def first_stop(text: str, stop: tuple[str, ...]) -> tuple[int, str] | None:
+    """Return where the stop string that is complete first begins, of several at one place the longest, and which."""
+    found = [(text.index(string) + len(string), -len(string), string) for string in stop if string in text]
+    return None if not found else (min(found)[0] + min(found)[1], min(found)[2])
 
 
 def random_engine(draw: random.Random, model: SmolLM2, tokenizer: Tokenizer) -> Engine:

@@ -168,6 +168,17 @@ class WorkerMetrics:
         self.waiting = Gauge("worker_waiting_sequences", "Sequences that wait for room", model, registry=registry)
         self.cached_bytes = Gauge("worker_cached_bytes", "Memory of live keys and values", model, registry=registry)
         self.cached_tokens = Gauge("worker_cached_tokens", "Tokens of live keys and values", model, registry=registry)
+        self.kept_bytes = Gauge(
+            "worker_kept_bytes", "Memory of all keys and values, ended sequences' too", model, registry=registry
+        )
+        self.cache_limit_bytes = Gauge("worker_cache_limit_bytes", "What that may come to", model, registry=registry)
+        self.shared_tokens = Counter(
+            "worker_shared_tokens", "Prompt tokens copied from another sequence", model, registry=registry
+        )
+        self.drafts = Counter("worker_draft_tokens", "Tokens guessed ahead", model, registry=registry)
+        self.right_drafts = Counter(
+            "worker_right_draft_tokens", "Tokens guessed ahead and drawn", model, registry=registry
+        )
         self.free_slots = Gauge("worker_free_slots", "Sequences it could take at once", model, registry=registry)
         self.first_token_seconds = Histogram(
             "worker_first_token_seconds", "A job taken until its first token", model, buckets=SECONDS, registry=registry

@@ -67,7 +67,7 @@ class Publisher:
             pending.logprobs = [*(pending.logprobs or ()), *output.logprobs]
         if output.finish_reason is not None:
             pending.finish = Finish(reason=output.finish_reason, stop_sequence=output.stop_sequence, error=output.error)
-            pending.timings = {name: value for name, value in output.timings.items() if name == "prefill_ms"}
+            pending.timings = {name: value for name, value in output.timings.items() if name != "decode_ms"}
         is_first = output.first_index == len(job.completion_ids)
         self.is_urgent |= is_first or pending.finish is not None
 

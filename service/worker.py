@@ -13,7 +13,7 @@ import secrets
 import signal
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import prometheus_client
@@ -179,8 +179,7 @@ class Worker:
 
     def step(self, host: Host) -> None:
         """Advance one engine by one step."""
-        statistics = host.engine.statistics
-        drawn, prefilled = statistics.num_drawn_tokens, statistics.num_prefill_tokens
+        before = replace(host.engine.statistics)
         started_s = time.monotonic()
         try:
             outputs = host.engine.step()
@@ -194,11 +193,16 @@ class Worker:
             self.accept(output)
         statistics, metrics = host.engine.statistics, self.metrics
         metrics.step_seconds.labels(host.name).observe(time.monotonic() - started_s)
-        metrics.completion_tokens.labels(host.name).inc(statistics.num_drawn_tokens - drawn)
-        metrics.prefill_tokens.labels(host.name).inc(statistics.num_prefill_tokens - prefilled)
+        metrics.completion_tokens.labels(host.name).inc(statistics.num_drawn_tokens - before.num_drawn_tokens)
+        metrics.prefill_tokens.labels(host.name).inc(statistics.num_prefill_tokens - before.num_prefill_tokens)
+        metrics.shared_tokens.labels(host.name).inc(statistics.num_shared_tokens - before.num_shared_tokens)
+        metrics.drafts.labels(host.name).inc(statistics.num_drafts - before.num_drafts)
+        metrics.right_drafts.labels(host.name).inc(statistics.num_right_drafts - before.num_right_drafts)
         metrics.running.labels(host.name).set(statistics.num_running)
         metrics.waiting.labels(host.name).set(statistics.num_waiting)
         metrics.cached_bytes.labels(host.name).set(statistics.cached_bytes)
+        metrics.kept_bytes.labels(host.name).set(statistics.kept_bytes)
+        metrics.cache_limit_bytes.labels(host.name).set(statistics.cache_limit_bytes)
         metrics.cached_tokens.labels(host.name).set(statistics.cached_tokens)
         metrics.free_slots.labels(host.name).set(host.engine.free_slots)
 

@@ -35,6 +35,7 @@ def describe(record: JobRecord, model: Model | None) -> dict[str, Any]:
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,
             "total_tokens": num_prompt + num_completion,
+            "cached_tokens": record.cached_tokens,
         },
         "timings": timings(record),
         "attempts": record.attempt,

@@ -27,7 +27,7 @@ class Shape:
     """Arguments: entries, their model, characters of the choice's text before them."""
 
 
-def usage_of(records: Sequence[JobRecord], num_choices: int) -> dict[str, int]:
+def usage_of(records: Sequence[JobRecord], num_choices: int) -> dict[str, Any]:
     """Tokens of one request; a prompt counts once, however many choices it has."""
     num_prompt = sum(len(record.request.prompt_ids) for record in records[::num_choices])
     num_completion = sum(len(record.completion.token_ids) for record in records)
@@ -35,6 +35,7 @@ def usage_of(records: Sequence[JobRecord], num_choices: int) -> dict[str, int]:
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
+        "prompt_tokens_details": {"cached_tokens": sum(record.cached_tokens for record in records[::num_choices])},
     }
 
 

@@ -123,6 +123,7 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    cached_tokens: int = Field(description="prompt tokens that were computed for another job already")
 
 
 class Timings(BaseModel):

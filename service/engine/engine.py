@@ -46,6 +46,9 @@ class Statistics:
     num_running: int = 0
     cached_tokens: int = 0
     cached_bytes: int = 0
+    kept_bytes: int = 0
+    """Memory of all keys and values, those kept for later prompts too, of at most `cache_limit_bytes`."""
+    cache_limit_bytes: int = 0
 
 
 class Engine:
@@ -113,6 +116,8 @@ class Engine:
         totals.num_waiting, totals.num_running = len(self.scheduler.waiting), len(running)
         totals.cached_tokens = sum(sequence.num_cached for sequence in running)
         totals.num_shared_tokens = self.scheduler.num_shared_tokens
+        totals.kept_bytes = min(self.cache.num_needed, self.cache.max_cached_tokens) * self.cache.bytes_per_token
+        totals.cache_limit_bytes = self.cache.max_cached_tokens * self.cache.bytes_per_token
         totals.cached_bytes = totals.cached_tokens * self.cache.bytes_per_token
         return totals
 

@@ -107,12 +107,13 @@ class Sequence:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Milliseconds this engine spent: until the first token it drew, and from there to the last."""
+        """Milliseconds until the first token drawn here, and from there to the last; prompt tokens that were copied."""
         if self.started_s is None or self.first_token_s is None or self.last_token_s is None:
             return {}
         return {
             "prefill_ms": round(1000 * (self.first_token_s - self.started_s), 3),
             "decode_ms": round(1000 * (self.last_token_s - self.first_token_s), 3),
+            "cached_tokens": min(self.num_shared, len(self.prompt_ids)),
         }
 
 

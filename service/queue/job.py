@@ -186,6 +186,8 @@ class JobRecord:
     finished_ms: int | None
     prefill_ms: float | None
     """As the worker measured it."""
+    cached_tokens: int
+    """Prompt tokens that the worker had computed for another job already."""
     trace: str | None
 
 

@@ -44,6 +44,7 @@ def read_record(job_id: str, reply: Sequence[Any]) -> JobRecord | None:
         first_token_ms=_optional_int(fields.get("first_token")),
         finished_ms=_optional_int(fields.get("finished")),
         prefill_ms=float(fields["prefill_ms"]) if fields.get("prefill_ms") else None,
+        cached_tokens=int(fields.get("cached_tokens") or 0),
         trace=fields["trace"] or None,
     )
 

@@ -120,7 +120,7 @@ class WorkerQueue:
     ) -> Verdict:
         """End a job together with its last chunk (which may be text without tokens), in one step.
 
-        `timings` may hold "prefill_ms". An ending sent twice is OK twice.
+        `timings` may hold "prefill_ms" and "cached_tokens". An ending sent twice is OK twice.
         """
         return self.finish_many([(job, finish, chunk, timings)])[0]
 
@@ -207,7 +207,8 @@ class WorkerQueue:
                     chunk.to_json() if has_content else "",
                 ]
             arguments += [job.id, job.attempt, *span, STATE_OF_REASON[finish.reason], finish.reason]
-            arguments += [finish.stop_sequence or "", finish.error or "", (timings or {}).get("prefill_ms", "")]
+            arguments += [finish.stop_sequence or "", finish.error or ""]
+            arguments += [(timings or {}).get(name, "") for name in ("prefill_ms", "cached_tokens")]
         return _verdicts(self._scripts.run("finish", *arguments))
 
     def _resend(self, job: LeasedJob, index: int) -> tuple[Verdict, int]:

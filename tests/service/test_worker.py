@@ -67,9 +67,9 @@ def expected_ids(asked: JobRequest, model: SmolLM2, end_token_ids: tuple[int, ..
     )
 
 
-def write_long_export(models_dir: Path) -> None:
+def write_long_export(models_dir: Path, *, seed: int = 3) -> None:
     model = SmolLM2(LONG)
-    model.initialize(3)
+    model.initialize(seed)
     write_export(models_dir / "long", model.eval(), tiny_tokenizer(), trained_length=64)
 
 
@@ -148,6 +148,33 @@ async def test_one_worker_through_its_day(redis_url: str, start_worker: StartWor
         assert (await client.result(waiting)).state is JobState.SUCCEEDED  # its stream was not cut by any of it
         assert worker.terminate() == 0, worker.log
         assert await client.queue.workers() == []
+
+
+async def test_a_model_replaced_in_mid_stream_cuts_no_stream(
+    redis_url: str, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    """The old weights end what they began, token for token; new jobs are answered by the new ones."""
+    models_dir = tmp_path / "models"
+    write_long_export(models_dir)
+    first = read_model_folder(models_dir / "long")
+    start_worker(num_slots=2)
+    async with connect(redis_url) as client:
+        await client.wait_for_workers(1, "long")
+        undisturbed = await client.result(await client.admit(long_request()))
+        running = await client.admit(long_request())
+        await client.until(running, lambda it: bool(it.completion.token_ids))
+        write_long_export(models_dir, seed=4)
+        second = read_model_folder(models_dir / "long")
+
+        async def serves_second() -> bool | None:
+            return second.revision in await client.wait_for_workers(1, "long") or None
+
+        await wait_for(serves_second)
+        answer = await client.result(await client.admit(long_request()))
+        assert answer.revision == second.revision != first.revision
+        record = await client.result(running)
+        assert record.revision == first.revision and record.completion == undisturbed.completion
+        assert answer.completion != undisturbed.completion
 
 
 async def test_streams_survive_kill_and_hand_over(redis_url: str, start_worker: StartWorker, tmp_path: Path) -> None:

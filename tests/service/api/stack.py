@@ -158,7 +158,10 @@ class ScriptedWorker:
             return
         tail = Chunk(first_index=index, token_ids=(), text=decoder.flush())
         self.queue.finish(
-            job, self.finish or Finish(reason="length"), chunk=tail if tail.text else None, timings={"prefill_ms": 1.5}
+            job,
+            self.finish or Finish(reason="length"),
+            chunk=tail if tail.text else None,
+            timings={"prefill_ms": 1.5, "cached_tokens": 1},
         )
 
     def _wait(self, event: threading.Event, job: LeasedJob) -> bool:

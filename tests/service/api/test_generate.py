@@ -41,6 +41,7 @@ def test_the_blocking_answer_is_the_contract_s(
         "prompt_tokens": num_prompt,
         "completion_tokens": 12,
         "total_tokens": num_prompt + 12,
+        "cached_tokens": 1,
     }
     assert set(answer["timings"]) >= {"queue_ms", "prefill_ms", "decode_ms", "ttft_ms", "tokens_per_second"}
     assert answer["timings"]["prefill_ms"] == 1.5
@@ -62,6 +63,8 @@ def test_the_worker_gets_what_the_client_asked(
         "repetition_penalty": 1.2,
         "presence_penalty": -0.5,
         "frequency_penalty": 0.25,
+        "logit_bias": {"5": -1.5},
+        "min_tokens": 1,
         "seed": 2**53,
     }
     client.post("/generate", json={"prompt": "All:", "max_new_tokens": 2, "stop": ["a", "\n"], "logprobs": 2} | asked)
@@ -102,7 +105,12 @@ def test_the_longest_prompt_leaves_room_for_one_token(client: httpx2.Client, tok
     prompt = "1" * 255
     assert len(tokenizer.encode(prompt)) == 255
     answer = client.post("/generate", json={"prompt": prompt}).json()
-    assert answer["usage"] == {"prompt_tokens": 255, "completion_tokens": 1, "total_tokens": 256}
+    assert answer["usage"] == {
+        "prompt_tokens": 255,
+        "completion_tokens": 1,
+        "total_tokens": 256,
+        "cached_tokens": 1,
+    }
     error = assert_error(client.post("/generate", json={"prompt": prompt + "1"}), 422, param="prompt")
     assert "256" in error["message"] and "255" in error["message"]
 

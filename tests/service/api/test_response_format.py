@@ -101,6 +101,18 @@ def test_bias_ends_and_least_length_reach_the_engine(whole: httpx2.Client, token
     assert len(ask(whole, **ends, min_tokens=2)["token_ids"]) == 2
 
 
+def test_a_prompt_that_was_computed_before_is_counted(whole: httpx2.Client, tokenizer: Tokenizer) -> None:
+    prompt = "Before we proceed any further, hear me speak: 17 sea shells."
+    count = len(tokenizer.encode(prompt))
+    first, second = (ask(whole, prompt=prompt, seed=seed) for seed in (1, 1))
+    assert first["usage"]["cached_tokens"] < second["usage"]["cached_tokens"] == count - 1
+    assert first["token_ids"] == second["token_ids"]
+    body = {"prompt": prompt + " And", "max_tokens": 3, "n": 3}
+    usage = whole.post("/v1/completions", json=body).json()["usage"]
+    assert usage["prompt_tokens"] > count and usage["completion_tokens"] == 9
+    assert count - 1 <= usage["prompt_tokens_details"]["cached_tokens"] <= usage["prompt_tokens"]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [

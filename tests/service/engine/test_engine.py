@@ -13,6 +13,7 @@ from benchmarks.oracle import Cases, check_against_oracle, compare, random_engin
 from service.engine.engine import Engine
 from service.engine.sequence import Output, Sequence
 from shared.errors import GenerationError, WeightsError
+from shared.grammar import regex_grammar
 from shared.model import SmolLM2
 from shared.sampling import SamplingParams
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
@@ -94,7 +95,7 @@ def test_an_end_token_first_gives_an_empty_completion() -> None:
     [first, *_] = ids_of(run(engine_of(), sequence([5, 6, 7])))
     [output] = run(engine_of(), sequence([5, 6, 7], end_token_ids=(first,)))
     assert (output.token_ids, output.text, output.finish_reason) == ((), "", "stop")
-    assert set(output.timings) == {"prefill_ms", "decode_ms"}
+    assert set(output.timings) == {"prefill_ms", "decode_ms", "cached_tokens"}
     ignoring = run(engine_of(), sequence([5, 6, 7], end_token_ids=(first,), ignore_eos=True))
     assert len(ids_of(ignoring)) == 8 and ignoring[-1].finish_reason == "length"
 
@@ -108,6 +109,43 @@ def test_a_completion_ends_where_the_context_or_the_cache_does(max_cached_tokens
         )
         assert len(ids_of(outputs)) == expected
         assert outputs[-1].finish_reason == "length"
+
+
+def test_the_smallest_cache_there_is() -> None:
+    """One slot of one token, then of two: room for no completion, then for one of one token."""
+    [output] = run(engine_of(num_slots=1, max_cached_tokens=1), sequence([9]))
+    assert (output.token_ids, output.finish_reason) == ((), "length")
+    with pytest.raises(GenerationError, match="context is 1"):
+        engine_of(num_slots=1, max_cached_tokens=1).add(sequence([9, 9]))
+    outputs = run(engine_of(num_slots=1, max_cached_tokens=2), *(sequence([9], name) for name in "abc"))
+    assert [(output.sequence_id, output.finish_reason) for output in outputs] == [(name, "length") for name in "abc"]
+    expected = ids_of(run(engine_of(), sequence([9], max_new_tokens=1)))
+    assert ids_of(outputs) == expected * 3
+
+
+def test_min_tokens_passes_over_ends_and_stop_strings() -> None:
+    whole = ids_of(run(engine_of(), sequence([5, 6, 7])))
+    text = tiny_tokenizer().decode(whole)
+    outputs = run(engine_of(), sequence([5, 6, 7], stop=tuple(text), params={"min_tokens": 5}))
+    assert 5 <= len(ids_of(outputs)) <= 8
+    barred = run(engine_of(), sequence([5, 6, 7], stop_token_ids=(whole[0],), params={"min_tokens": 2}))
+    assert whole[0] not in ids_of(barred)[:2]
+
+
+def test_a_grammar_that_no_token_can_follow_ends_one_sequence_alone() -> None:
+    engine = engine_of()
+    bad = sequence([5, 6, 7], "bad", grammar=regex_grammar("(a|b){1,9}c"))
+    engine.add(bad)
+    engine.add(sequence([5, 6, 7], "good"))
+    assert bad.rules is not None
+    bad.rules.matcher.consume_token(tiny_tokenizer().encode("z")[0])  # what its limits would do, without a long wait
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    ended = {output.sequence_id: output for output in outputs if output.finish_reason}
+    assert ended["bad"].finish_reason == "error" and "grammar" in str(ended["bad"].error)
+    assert ended["good"].finish_reason == "length"
+    assert engine.cache.free_slots == engine.cache.num_slots
 
 
 def test_what_does_not_fit_waits() -> None:

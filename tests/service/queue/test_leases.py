@@ -42,13 +42,14 @@ async def test_a_job_from_admission_to_its_end(bench: Bench) -> None:
     assert (await read(bench, job)).state is JobState.RUNNING
     assert worker.append([(job, chunk(2, 7))]) == [(Verdict.OK, 3)]
     ending = Finish(reason="stop", stop_sequence="\n")
-    assert worker.finish(job, ending, chunk=chunk(3, 8), timings={"prefill_ms": 1.5}) is Verdict.OK
+    assert worker.finish(job, ending, chunk=chunk(3, 8), timings={"prefill_ms": 1.5, "cached_tokens": 2}) is Verdict.OK
     record = await read(bench, job)
     assert record.state is JobState.SUCCEEDED
     assert record.finish == ending
     assert record.completion.token_ids == (5, 6, 7, 8)
     assert record.completion.text == text_of(5, 6, 7, 8)
-    assert (record.worker, record.revision, record.attempt, record.prefill_ms) == ("worker", REVISION, 1, 1.5)
+    assert (record.worker, record.revision, record.attempt) == ("worker", REVISION, 1)
+    assert (record.prefill_ms, record.cached_tokens) == (1.5, 2)
     times = [record.created_ms, record.started_ms, record.first_token_ms, record.finished_ms]
     assert times == sorted(time for time in times if time is not None)
 

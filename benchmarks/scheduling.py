@@ -1,0 +1,237 @@
+"""What streams feel while prompts arrive, what shared beginnings, guesses and grammars bring: measured on real weights.
+
+    python -m benchmarks.scheduling [models/smollm2-135m-instruct] [--dtype auto]
+
+Every figure compares two ways of one engine in one process, on the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from service.engine.engine import Engine
+from service.engine.host import describe_choices, load_host, warm_up
+from service.engine.sequence import Sequence
+from shared.catalog import read_model_folder
+from shared.device import choose_device, choose_dtype, choose_num_threads
+from shared.grammar import Grammar, json_grammar
+from shared.model import SmolLM2
+from shared.sampling import SamplingParams
+from shared.tokenizer import Tokenizer
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "city": {"type": "string", "maxLength": 40},
+        "hobbies": {"type": "array", "items": {"type": "string", "maxLength": 30}, "maxItems": 4},
+    },
+    "required": ["name", "age", "city", "hobbies"],
+    "additionalProperties": False,
+}
+
+
+class Bench:
+    """Engines over one model."""
+
+    def __init__(self, model: SmolLM2, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.names = itertools.count()
+        self.text = tokenizer.encode((Path(__file__).parents[1] / "LICENSE").read_text())
+
+    def engine(self, **values: Any) -> Engine:
+        engine = Engine(self.model, self.tokenizer, **{"num_slots": 40, "max_cached_tokens": 32_768, **values})
+        warm_up(engine)
+        return engine
+
+    def sequence(self, prompt_ids: list[int], max_new_tokens: int, **values: Any) -> Sequence:
+        values = {"params": SamplingParams(temperature=0.0), "ignore_eos": True, **values}
+        return Sequence(id=str(next(self.names)), prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, **values)
+
+    def chat(self, question: str) -> list[int]:
+        return self.tokenizer.encode(self.tokenizer.render_chat([{"role": "user", "content": question}]))
+
+    def gaps(self, num_streams: int, long_prompt: bool) -> tuple[list[float], float]:
+        """Seconds between two tokens of a stream, of all streams, and until the long prompt's first token."""
+        engine = self.engine(speculate=False)
+        streams = [self.sequence(self.text[9 * n : 9 * n + 16], 400) for n in range(num_streams)]
+        for sequence in streams:
+            engine.add(sequence)
+        for _ in range(20):
+            engine.step()
+        newcomer = self.sequence(self.text[:1_500], 1)
+        if long_prompt:
+            engine.add(newcomer)
+        started = last = time.perf_counter()
+        gaps: list[float] = []
+        first_s = 0.0
+        while len(gaps) < 60 or (long_prompt and not first_s):
+            outputs = engine.step()
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+            if any(output.sequence_id == newcomer.id for output in outputs):
+                first_s = now - started
+                break
+        return gaps, first_s
+
+    def answer(self, engine: Engine, sequences: list[Sequence]) -> tuple[float, list[list[int]]]:
+        """Run sequences that come together; return the seconds and their tokens."""
+        started = time.perf_counter()
+        answers: dict[str, list[int]] = {sequence.id: [] for sequence in sequences}
+        for sequence in sequences:
+            engine.add(sequence)
+        while engine.has_work:
+            for output in engine.step():
+                answers[output.sequence_id] += output.token_ids
+        return time.perf_counter() - started, list(answers.values())
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def stalls(bench: Bench) -> None:
+    print("\nTime between two tokens of a stream while a prompt of 1,500 tokens comes in (must: p99 at most 2x)")
+    names = f"{'median':>10}{'p99':>10}{'median with':>13}{'p99 with':>10}{'ratio of p99':>14}{'prompt took':>13}"
+    print(f"{'streams':>8}{names}")
+    for num_streams in (1, 8, 32):
+        plain, _ = bench.gaps(num_streams, long_prompt=False)
+        beside, first_s = bench.gaps(num_streams, long_prompt=True)
+        figures = [1_000 * figure for figure in (statistics.median(plain), percentile(plain, 0.99))]
+        figures += [1_000 * figure for figure in (statistics.median(beside), percentile(beside, 0.99))]
+        ratio = percentile(beside, 0.99) / percentile(plain, 0.99)
+        print(
+            f"{num_streams:>8}{figures[0]:>7.1f} ms{figures[1]:>7.1f} ms{figures[2]:>10.1f} ms{figures[3]:>7.1f} ms"
+            f"{ratio:>14.2f}{first_s:>11.2f} s",
+            flush=True,
+        )
+
+
+def prefixes(bench: Bench) -> None:
+    print("\nA system prompt of 500 tokens before 16 questions that come together, 8 tokens each")
+    results = []
+    for shared in (False, True):
+        engine = bench.engine(share_prefixes=shared)
+        asked = [bench.sequence([*bench.text[:500], *bench.text[700 + 9 * n : 709 + 9 * n]], 8) for n in range(16)]
+        seconds, answers = bench.answer(engine, asked)
+        results.append((seconds, answers))
+        totals = engine.statistics
+        print(
+            f"{'shared' if shared else 'each computed':>16}: {seconds:6.2f} s, prompt tokens computed "
+            f"{totals.num_prefill_tokens + 16:,}, copied {totals.num_shared_tokens:,}"
+        )
+    equal = sum(one == other for one, other in zip(results[0][1], results[1][1], strict=True))
+    print(f"ratio {results[0][0] / results[1][0]:.1f}; {equal} of 16 completions equal")
+
+
+def guesses(bench: Bench) -> None:
+    code = "def total(prices):\n    result = 0\n    for price in prices:\n        result += price\n    return result\n"
+    cases = {
+        "repeat this code": bench.chat(f"Repeat this code exactly:\n```python\n{code * 2}```"),
+        "a story": bench.chat("Write a short story about a lighthouse keeper."),
+        "license text": bench.text[:600],
+        "random ids": [(7919 * n) % 49_000 for n in range(1, 120)],
+    }
+    print("\nGuesses (prompt lookup): 96 tokens, tokens/s without and with")
+    print(
+        f"{'':>18}{'streams':>9}{'sampling':>10}{'without':>10}{'with':>10}{'ratio':>8}{'made':>8}{'right':>7}  equal"
+    )
+    for (name, prompt_ids), streams, temperature in itertools.product(cases.items(), (1, 8), (0.0, 0.8)):
+        speeds, answers = [], []
+        for on in (False, True):
+            engine = bench.engine(speculate=on, share_prefixes=False)
+            asked = [
+                bench.sequence([*prompt_ids, n][n > 0 :], 96, params=SamplingParams(temperature=temperature, seed=n))
+                for n in range(streams)
+            ]
+            seconds, found = bench.answer(engine, asked)
+            speeds.append(96 * streams / seconds)
+            answers.append(found)
+        totals = engine.statistics
+        equal = sum(one == other for one, other in zip(*answers, strict=True))
+        print(
+            f"{name:>18}{streams:>9}{temperature or 'greedy':>10}{speeds[0]:>10.1f}{speeds[1]:>10.1f}"
+            f"{speeds[1] / speeds[0]:>8.2f}{totals.num_drafts:>8}{totals.num_right_drafts:>7}  {equal} of {streams}",
+            flush=True,
+        )
+
+
+def grammars(bench: Bench) -> None:
+    print("\nJSON by schema: every answer must parse; its cost beside the same tokens without a grammar")
+    source = json_grammar(SCHEMA)
+    started = time.perf_counter()
+    grammar = Grammar(source, bench.tokenizer, end_token_ids=(2,))
+    made_s = time.perf_counter() - started
+    masks = []
+    for token_id in bench.tokenizer.encode(
+        '{"name": "Ada Lovelace", "age": 36, "city": "London", "hobbies": ["mathematics"]}'
+    ):
+        started = time.perf_counter()
+        grammar.allowed()
+        masks.append(time.perf_counter() - started)
+        grammar.push(token_id)
+    print(
+        f"grammar made in {1e3 * made_s:.2f} ms; a mask takes {1e6 * statistics.median(masks):.0f} us in the median, "
+        f"{1e6 * max(masks):.0f} at most"
+    )
+    for streams, speculate in itertools.product((1, 16), (False, True)):
+        engine = bench.engine(speculate=speculate)
+        prompt_ids = bench.chat("Describe a person as JSON.")
+        params = [SamplingParams(temperature=0.8, seed=seed) for seed in range(streams)]
+        asked = [
+            bench.sequence(prompt_ids, 250, params=each, grammar=source, ignore_eos=False, end_token_ids=(0, 2))
+            for each in params
+        ]
+        seconds, answers = bench.answer(engine, asked)
+        parsed = sum(parses(bench.tokenizer.decode(ids)) for ids in answers)
+        num_tokens = sum(map(len, answers))
+        plain_engine = bench.engine(speculate=False)
+        plain = [bench.sequence(prompt_ids, len(ids), params=each) for ids, each in zip(answers, params, strict=True)]
+        plain_s, _ = bench.answer(plain_engine, plain)
+        totals = engine.statistics
+        print(
+            f"{streams:>3} streams, guesses {'on ' if speculate else 'off'}: {parsed} of {streams} parse, "
+            f"{num_tokens / seconds:7.1f} tokens/s, without a grammar {num_tokens / plain_s:7.1f} "
+            f"(ratio {plain_s / seconds:.2f}); {totals.num_right_drafts} of {totals.num_drafts} forced tokens right",
+            flush=True,
+        )
+
+
+def parses(text: str) -> bool:
+    try:
+        return bool(set(json.loads(text)) == set(SCHEMA["required"]))
+    except ValueError:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("models/smollm2-135m-instruct"))
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--only", nargs="*", default=["stalls", "prefixes", "guesses", "grammars"])
+    options = parser.parse_args()
+    threads, device = choose_num_threads(0), choose_device("auto")
+    torch.set_num_threads(threads.value)
+    dtype = choose_dtype(device.value, options.dtype, purpose="serve")
+    host = load_host(
+        read_model_folder(options.folder), device=device.value, dtype=dtype.value, num_slots=2, max_cached_tokens=1_024
+    )
+    print(f"{threads.value} threads, torch {torch.__version__}, {dtype.value}: {describe_choices(host.engine)}")
+    bench = Bench(host.engine.model, host.engine.tokenizer)
+    parts = {"stalls": stalls, "prefixes": prefixes, "guesses": guesses, "grammars": grammars}
+    for name in options.only:
+        parts[name](bench)
+
+
+if __name__ == "__main__":
+    main()
