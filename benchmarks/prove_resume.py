@@ -1,6 +1,6 @@
 """Kill a training 25 times with SIGKILL, go on each time, and compare with the same training left in peace.
 
-    python -m benchmarks.prove_resume [--seed N]
+    python -m benchmarks.prove_resume [--seed N] [--folder DIR]
 
 20 kills at random moments, among them in saves, evaluations, samplings and start-ups, and one at each of the five
 stages' borders; real processes of `python -m trainer train`. What must be equal to the bit: weights and optimizer,
@@ -16,16 +16,16 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from shared.files import sha256_file
 from tests.trainer.kills import Moment, kill_at
 from tests.trainer.small_run import command, weights_sha256
 from trainer.config import TrainConfig
 from trainer.recipe import load_recipe, to_toml
-from trainer.run_folder import RunFolder, read_rows
+from trainer.run_folder import RunFolder, append_row, read_rows
 
 STRETCH = 3  # stages of the recipe `smoke`, this many times as long
 
@@ -82,53 +82,58 @@ def hash_of(rows: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def to_the_end(root: Path, recipe: Path) -> float:
-    """Train in one process to the end; seconds."""
-    start = time.monotonic()
+def to_the_end(root: Path, recipe: Path) -> None:
+    """Train in one process to the end."""
     process = command(root, "train", str(recipe))
     _, errors = process.communicate()
     if process.returncode:
         sys.exit(f"the run failed:\n{errors}")
-    return time.monotonic() - start
+
+
+def row_of(number: int, moment: Moment, found: dict[str, Any] | None) -> str:
+    """One line of the table."""
+    meant = f"{moment.what} {f'{moment.delay_s:.1f} s' if moment.what == 'start-up' else f'>= {moment.step}'}"
+    if found is None:
+        return f"{number:>4}  {meant:<22}  the run ended first"
+    whole, half = (" ".join(map(str, found[key])) or "-" for key in ("checkpoints", "half_written"))
+    return f"{number:>4}  {meant:<22}{found['trained']:>14}  {whole:<20}{half:<14}{found['last']}"
 
 
 def main() -> int:
     """Print the table; 1 where anything differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
-    seed = parser.parse_args().seed
+    parser.add_argument("--seed", type=int, default=1, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="work there and keep it; a proof that was cut short goes on")
+    options = parser.parse_args()
     config = proof_recipe()
-    place = Path(tempfile.mkdtemp(prefix="prove-resume-"))
+    place = options.folder or Path(tempfile.mkdtemp(prefix="prove-resume-"))
+    peace, war, done = place / "undisturbed", place / "disturbed", place / "kills.jsonl"
     recipe = place / "proof.toml"
+    place.mkdir(parents=True, exist_ok=True)
     recipe.write_text(to_toml(config))
-    peace, war = place / "undisturbed", place / "disturbed"
-    print(f"{config.num_steps} steps, {len(config.stages)} stages, seed {seed}; undisturbed: ", end="", flush=True)
-    print(f"{to_the_end(peace, recipe):.0f} s\n")
+    print(f"{config.num_steps} steps, {len(config.stages)} stages, moments of seed {options.seed}", flush=True)
+    to_the_end(peace, recipe)
 
     print(f"{'kill':>4}  {'meant for':<22}{'steps trained':>14}  {'whole checkpoints':<20}{'half-written':<14}last row")
-    missed = 0
-    for number, moment in enumerate(moments(config, seed), start=1):
-        found = kill_at(moment, war, config, str(recipe))
-        meant = f"{moment.what} {f'{moment.delay_s:.1f} s' if moment.what == 'start-up' else f'>= {moment.step}'}"
-        if found is None:
-            missed += 1
-            print(f"{number:>4}  {meant:<22}  the run ended first")
-            continue
-        whole = " ".join(map(str, found["checkpoints"])) or "-"
-        half = " ".join(map(str, found["half_written"])) or "-"
-        print(f"{number:>4}  {meant:<22}{found['trained']:>14}  {whole:<20}{half:<14}{found['last']}", flush=True)
+    kills = read_rows(done)
+    for number, moment in enumerate(moments(config, options.seed), start=1):
+        if number > len(kills):
+            kills.append({"found": kill_at(moment, war, config, str(recipe))})
+            append_row(done, kills[-1])
+        print(row_of(number, moment, kills[number - 1]["found"]), flush=True)
     to_the_end(war, recipe)
 
     expected, got = evidence(peace, "proof"), evidence(war, "proof")
     print()
     for what, digest in expected.items():
-        verdict = "equal" if got[what] == digest else f"DIFFERENT: {got[what]}"
-        print(f"{what:<24}sha256 {digest}  {verdict}")
+        print(f"{what:<24}sha256 {digest}  {'equal' if got[what] == digest else f'DIFFERENT: {got[what]}'}")
+    num_missed = sum(kill["found"] is None for kill in kills)
+    print(f"\n{len(kills) - num_missed} kills, {num_missed} missed")
     if expected != got:
-        print(f"\nkept for a look: {place}")
+        print(f"kept for a look: {place}")
         return 1
-    shutil.rmtree(place)
-    print(f"\n{number - missed} kills, {missed} missed")
+    if options.folder is None:
+        shutil.rmtree(place)
     return 0
 
 

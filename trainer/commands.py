@@ -17,7 +17,6 @@ from trainer import report
 from trainer.config import Directories, PromptSection, TrainConfig
 from trainer.evaluate import evaluate as evaluate_model
 from trainer.export import export_model
-from trainer.follower import follow
 from trainer.hardware import Hardware
 from trainer.plan import describe_needs, describe_trial
 from trainer.plan import plan as make_plan
@@ -81,6 +80,8 @@ def train(options: Options) -> list[str]:
     if processes.is_leader:
         lead(config, folder, directories, processes, accept_changes=options.accept_changes)
     else:
+        from trainer.follower import follow
+
         logging.getLogger("trainer").setLevel(logging.ERROR)
         data = processes.in_turn(lambda: prepare_data(config.data, directories))
         follow(config, data, folder, processes)

@@ -2,6 +2,8 @@
 
 A step's loss is divided by the tokens of the whole step before it is differentiated, so gradients are *summed*, never
 averaged: two processes with one micro-batch each give the bits that one process with both gives.
+
+FSDP2 and its sharded tensors are imported where they are used: that takes a second, and one process needs none of it.
 """
 
 from __future__ import annotations
@@ -12,8 +14,6 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from shared.model import SmolLM2
@@ -42,6 +42,8 @@ def share(losses: StepLosses, processes: Processes, *, kind: str) -> nn.Module:
         shared = DistributedDataParallel(losses, broadcast_buffers=False, gradient_as_bucket_view=True)
         shared.register_comm_hook(None, sum_over_processes)
         return shared
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     for layer in losses.model.model.layers:
         fully_shard(layer)
     fully_shard(losses)
@@ -61,8 +63,8 @@ def sum_over_processes(_, bucket):  # type: ignore[no-untyped-def]
 @contextlib.contextmanager
 def gradients_meet(losses: nn.Module, *, now: bool) -> Iterator[None]:
     """Around forward and backward of a micro-batch: whether the processes sum their gradients after it."""
-    if isinstance(losses, FSDPModule):
-        losses.set_requires_gradient_sync(now)
+    if sync := getattr(losses, "set_requires_gradient_sync", None):  # FSDP2's
+        sync(now)
     if isinstance(losses, DistributedDataParallel) and not now:
         with losses.no_sync():
             yield
@@ -72,13 +74,17 @@ def gradients_meet(losses: nn.Module, *, now: bool) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor that may lie in shards; all processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    gather = getattr(tensor, "full_tensor", None)  # a DTensor's
+    return gather() if gather else tensor
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
     """Lay a whole tensor out as `model` is: each process keeps its own shard of it, without talking to the others."""
-    if not isinstance(model, DTensor):
+    if not hasattr(model, "device_mesh"):
         return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(model, DTensor)
     on_device = tensor.to(model.device)
     return distribute_tensor(on_device, model.device_mesh, model.placements, src_data_rank=None)
 

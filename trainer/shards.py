@@ -1,7 +1,8 @@
 """A checkpoint in shards: every process writes its part of the weights and averages, and any layout reads them back.
 
 PyTorch's distributed checkpoints in their safetensors form, whose files hold numbers and JSON: nothing is unpickled.
-AdamW's count of updates is not among them; it is the checkpoint's step.
+AdamW's count of updates is not among them; it is the checkpoint's step. The library is imported where it is used: that
+takes a second, and few runs need it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from shared.errors import WeightsError
@@ -51,6 +47,10 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         StorageError: the disk refused one of them.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with storage_errors(folder):
         try:
@@ -64,6 +64,9 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Read into tensors that lie as they should, each process its own part; all processes must."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
@@ -76,6 +79,11 @@ def read_whole(folder: Path, payload: dict[str, Any]) -> dict[str, Any]:
     Raises:
         WeightsError: the shards cannot be read.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     reader = HuggingFaceStorageReader(str(folder))
     try:
         found = reader.read_metadata().state_dict_metadata

@@ -18,6 +18,12 @@ What = Literal["start-up", "border", "save", "evaluation", "samples", "anywhere"
 
 PATIENCE_S = 120.0
 
+SLOWLY = [
+    *("--set", "sample_every=1", "--set", "sample_tokens=24"),
+    *("--set", "prompts=[{ text = 'First' }, { text = 'def' }, { text = 'Question' }, { text = 'We speak' }]"),
+]
+"""Arguments that make a run of `smoke` take seconds and change no update, so that a busy test looks before its end."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moment:

@@ -71,18 +71,21 @@ def train_small(
 
 
 def command(
-    root: Path, *arguments: str, launcher: Sequence[str] = (), before: Sequence[str] = ()
+    root: Path, *arguments: str, launcher: Sequence[str] = (), before: Sequence[str] = (), num_threads: int | None = 1
 ) -> subprocess.Popen[str]:
     """Start `python -m trainer ...` over the texts below `root`.
 
     Args:
         launcher: Python's arguments that start another module first: torchrun.
         before: a command that runs Python, such as one that enters a namespace.
+        num_threads: of PyTorch until the recipe says otherwise; None: all.
     """
     small_directories(root)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SMOLLM_")}
     environment |= {f"SMOLLM_{name.upper()}_DIR": str(root / name) for name in ("data", "runs", "models")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(ROOT)
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
     return subprocess.Popen(
         [*before, sys.executable, *launcher, "-m", "trainer", *arguments],
         cwd=root,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError
-from tests.trainer.kills import wait_for
+from tests.trainer.kills import SLOWLY, wait_for
 from tests.trainer.small_run import command, train_small, weights_sha256
 from trainer.config import Torchrun
 from trainer.processes import Processes
@@ -75,7 +75,7 @@ def test_one_gpu_for_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_two_processes_one_of_which_dies_end_like_one_alone(tmp_path: Path, alone: RunFolder) -> None:
     folder = RunFolder(tmp_path / "runs" / "smoke")
-    process = torchrun(tmp_path, "train", "smoke", options=("--max-restarts=2",))
+    process = torchrun(tmp_path, "train", "smoke", *SLOWLY, options=("--max-restarts=2",))
     assert wait_for(lambda: len(losses(folder)) >= 8, process), process.communicate()[1]
     workers(process)[1].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=200)
@@ -87,7 +87,7 @@ def test_two_processes_one_of_which_dies_end_like_one_alone(tmp_path: Path, alon
 
 def test_stopped_with_two_processes_it_goes_on_with_one(tmp_path: Path, alone: RunFolder) -> None:
     folder = RunFolder(tmp_path / "runs" / "smoke")
-    process = torchrun(tmp_path, "train", "smoke", "--set", "save_every=1000", "--set", "evaluate_every=1000")
+    process = torchrun(tmp_path, "train", "smoke", *SLOWLY, "--set", "save_every=1000", "--set", "evaluate_every=1000")
     assert wait_for(lambda: len(losses(folder)) >= 3, process), process.communicate()[1]
     process.send_signal(signal.SIGTERM)  # torchrun hands it on to its processes, and says itself that it was stopped
     _, errors = process.communicate(timeout=120)

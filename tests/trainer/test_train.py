@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.config import SMOLLM2_135M
 from shared.errors import ConfigError, TokenizerError
+from shared.model import SmolLM2
 from tests.trainer.small_run import small_data
 from trainer.batches import Batch
 from trainer.evaluate import evaluate
@@ -18,6 +21,7 @@ from trainer.loss import IGNORED, row_losses
 from trainer.optimizer import build_optimizer
 from trainer.prepare import PreparedData
 from trainer.recipe import load_recipe
+from trainer.sample import sample_texts
 from trainer.train import StepResult, Trainer, load_weights
 
 
@@ -147,6 +151,41 @@ def test_evaluation_changes_neither_weights_nor_what_follows(data: PreparedData)
         updated(with_evaluation)
         updated(without)
     assert all(torch.equal(tensor, weights(without)[name]) for name, tensor in weights(with_evaluation).items())
+
+
+def test_evaluation_and_samples_draw_none_of_the_random_numbers(data: PreparedData) -> None:
+    trainer = trainer_of(data)
+    updated(trainer)
+
+    def generators() -> tuple[bytes, str, str]:
+        return torch.get_rng_state().numpy().tobytes(), str(random.getstate()), str(np.random.get_state())
+
+    before = generators()
+    evaluate(trainer.model, data.token_files, sequence_length=32, max_windows=4, rows_per_pass=2, dtype=torch.float32)
+    rows = sample_texts(
+        trainer.model,
+        data.tokenizer,
+        trainer.config.prompts,
+        step=1,
+        max_new_tokens=8,
+        trained_length=32,
+        temperature=1.0,
+        seed=3,
+    )
+    assert rows
+    assert generators() == before
+
+
+@pytest.mark.slow
+def test_the_whole_network_first_guesses_uniformly(data: PreparedData) -> None:
+    """SmolLM2-135M itself: within 0.3 of ln(49,152) = 10.80 before any update."""
+    model = SmolLM2(SMOLLM2_135M)
+    model.initialize(1337)
+    batch = trainer_of(data).batches.batch_at(9)
+    inputs, targets = torch.from_numpy(batch.inputs_BT) * 151, torch.from_numpy(batch.targets_BT) * 151  # all ids
+    with torch.no_grad():
+        losses_B = row_losses(model, inputs, targets, torch.float32)
+    assert losses_B.sum().item() / targets.numel() == pytest.approx(math.log(49_152), abs=0.3)
 
 
 def test_other_data_or_tokenizer_is_refused_by_name(data: PreparedData) -> None:
