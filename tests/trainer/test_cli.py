@@ -73,9 +73,10 @@ def test_evaluate_sample_plot_export(here: Path, capsys: pytest.CaptureFixture[s
     assert "Second Citizen:" in capsys.readouterr().out
     assert main(["plot", "smoke"]) == 0
     assert "loss.png" in capsys.readouterr().out
-    assert main(["export", "smoke", "--checkpoint", "best", "--name", "other"]) == 0
+    assert main(["export", "smoke", "--checkpoint", "best", "--name", "other", "--gguf", "--gguf", "q8_0"]) == 0
     assert "top-1 agreement" in capsys.readouterr().out
-    assert (here / "models" / "other" / "other_half.pt").is_file()
+    for name in ("other_half.pt", "other-F16.gguf", "other-Q8_0.gguf"):
+        assert (here / "models" / "other" / name).is_file()
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def named_files(source: str, patterns: Sequence[str]) -> FileText:
     for path in paths:
         if path.stat().st_size == 0 and len(paths) == 1:
             raise DataError(f"{path} is empty: fill it, or take it out of data.files")
-    text = FileText(source, tuple(paths), f"{len(paths)} files of {', '.join(patterns)}")
+    origin = ", ".join(patterns) if len(paths) == 1 else f"{len(paths):,} files of {', '.join(patterns)}"
+    text = FileText(source, tuple(paths), origin)
     log.info("%s: %s (%s bytes), as data.files says", source, text.origin, f"{text.num_bytes:,}")
     return text
 
