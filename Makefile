@@ -29,7 +29,7 @@ define install
 	@touch $@
 endef
 
-.PHONY: prove-resume help demo up down train test test-slow test-redis prove-queue check format bench clean
+.PHONY: prove-resume help demo up down train test test-slow test-redis prove-queue prove-engine check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -71,6 +71,9 @@ prove-queue: $(VENV)/.dev ## hundreds of kills of workers, API processes and Red
 
 prove-resume: $(VENV)/.dev ## kill a training 25 times; its end must equal an undisturbed one's, to the bit
 	@$(PY) -m benchmarks.prove_resume
+
+prove-engine: $(VENV)/.dev ## a thousand random requests: the engine against the plain loop
+	@$(PY) -m benchmarks.oracle
 
 check: $(VENV)/.dev ## format, lint, types, import walls
 	@$(VENV)/bin/ruff format --check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("engine", "queue", "parity")
+BENCHMARKS = ("engine", "scheduling", "invariance", "queue", "parity")
 
 
 def main() -> int:

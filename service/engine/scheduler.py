@@ -20,6 +20,11 @@ from service.engine.pace import Pace
 from service.engine.prefixes import SHORTEST, Prefixes
 from service.engine.sequence import Sequence
 
+FIRST_BUDGET = 16
+"""Prompt tokens beside streams in the first such step."""
+LEAST_PROMPT_TOKENS = 8
+"""However slow each is: a prompt must come to its end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -81,6 +86,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_shared_tokens = 0
+        self.last_budget = FIRST_BUDGET
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -107,7 +113,10 @@ class Scheduler:
         counts = dict.fromkeys(decoding, 1)
         prefilling = [sequence for sequence in self.running if sequence.num_missing > 1]
         prefilling = [sequence for sequence in prefilling if not self.waits_for_another(sequence)]
-        counts |= share(prefilling, self.prompt_budget(len(decoding)))
+        budget = self.prompt_budget(len(decoding))
+        if prefilling and decoding:
+            self.last_budget = budget
+        counts |= share(prefilling, budget)
         work = [
             self.work_on(sequence, sequence.slot, count, len(decoding))
             for sequence in self.running
@@ -121,7 +130,9 @@ class Scheduler:
             return self.prefill_chunk
         if self.busy_prefill_chunk is not None:
             return max(self.busy_prefill_chunk, 2 * num_decoding)
-        return min(self.prefill_chunk, self.pace.prompt_tokens_beside(num_decoding))
+        # Twice the last number at most: a pace learnt from steps all alike can be far off, and is put right on the way.
+        bearable = min(self.pace.prompt_tokens_beside(num_decoding), 2 * self.last_budget, self.prefill_chunk)
+        return max(bearable, LEAST_PROMPT_TOKENS)
 
     def work_on(self, sequence: Sequence, slot: int, count: int, num_decoding: int) -> Work:
         drafts = self.guess(sequence, num_decoding) if sequence.num_missing == 1 else ()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.engine.stopping import Stopping
 from shared.stream_decoder import BYTE_ALPHABET, token_to_bytes
 from shared.tokenizer import Tokenizer
 from tests.tiny import TINY, tiny_tokenizer
@@ -87,6 +88,55 @@ def test_the_byte_alphabet_is_complete() -> None:
     assert sorted(BYTE_ALPHABET.values()) == list(range(256))
     assert token_to_bytes("Ġa") == b" a"
     assert token_to_bytes("<|added token|>") == b"<|added token|>"
+
+
+EMOJI = ("🙂", "👩‍👩‍👧", "🏳️‍🌈", "\U0001f9d1‍🚀")
+PIECES = (*EMOJI, "日本語", "é", "ﷺ", "\u200d", "नमस्ते", "a", " ", "\n", "\ufffd", "Ω", "0")
+
+
+def awkward_ids(draw: random.Random, tokenizer: Tokenizer, byte_ids: list[int]) -> list[int]:
+    """Any ids, whole and cut characters, stray bytes, in any order."""
+    ids: list[int] = []
+    for _ in range(draw.randint(1, 5)):
+        kind = draw.randrange(3)
+        if kind == 0:
+            ids += [draw.randrange(tokenizer.vocab_size) for _ in range(draw.randint(1, 8))]
+        elif kind == 1:
+            text_ids = tokenizer.encode("".join(draw.choices(PIECES, k=draw.randint(1, 5))))
+            start = draw.randint(0, 2)
+            ids += text_ids[start : len(text_ids) - draw.randint(0, 2)]
+        else:
+            ids += [draw.choice(byte_ids) for _ in range(draw.randint(1, 6))]
+    return ids
+
+
+def check_streams(tokenizer: Tokenizer, count: int, seed: int) -> None:
+    """The pieces joined are the tokenizer's own decoding, and those of the engine's stop matcher are too."""
+    draw = random.Random(seed)
+    byte_ids = [token_id for token_id, raw in enumerate(tokenizer.bytes_of_tokens) if len(raw) == 1]
+    for _ in range(count):
+        ids, skip = awkward_ids(draw, tokenizer, byte_ids), draw.random() < 0.5
+        whole = tokenizer.decode(ids, skip_special_tokens=skip)
+        assert "".join(stream(tokenizer, ids, skip=skip)) == whole, ids
+        stops = ("🙂🙂🙂🙂🙂🙂", "\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd x", "日本語日本語日本語日本語日本語")
+        if skip and ids and not any(string in whole for string in stops):
+            stopping = Stopping(tokenizer.stream_decoder(), stop=stops, end_token_ids=(), max_new_tokens=len(ids))
+            assert "".join(stopping.push(token_id).text for token_id in ids) == whole, ids
+
+
+def test_awkward_sequences_stream_to_their_decoding() -> None:
+    check_streams(tiny_tokenizer(), 1_000, seed=1)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_awkward_sequences_stream_to_their_decoding() -> None:
+    check_streams(tiny_tokenizer(), 100_000, seed=2)
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_a_hundred_thousand_awkward_sequences_of_smollm2_stream_to_their_decoding(instruct_folder: Path) -> None:
+    check_streams(Tokenizer.from_folder(instruct_folder), 100_000, seed=3)
 
 
 @pytest.mark.weights

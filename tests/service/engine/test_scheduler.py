@@ -67,6 +67,25 @@ def test_a_long_prompt_takes_bounded_pieces_beside_those_who_decode() -> None:
     assert [item.span.count for item in compute(scheduler)] == [64]
 
 
+def test_the_pace_bounds_the_pieces_and_they_grow_by_doubling() -> None:
+    scheduler = scheduler_of(busy_chunk=None, chunk=256)
+    scheduler.pace = Pace(fixed_s=0.1, each_s=0.001)  # 70 tokens lengthen a step of one stream by 70 %
+    short, long = sequence(3, max_new_tokens=50), sequence(200)
+    scheduler.add(short)
+    compute(scheduler)
+    scheduler.add(long)
+    assert [compute(scheduler)[1].span.count for _ in range(4)] == [32, 64, 70, 34]
+
+
+def test_a_slow_machine_still_gets_on_with_prompts() -> None:
+    scheduler = scheduler_of(busy_chunk=None)
+    scheduler.pace = Pace(fixed_s=0.001, each_s=0.1)
+    scheduler.add(sequence(3))
+    compute(scheduler)
+    scheduler.add(sequence(200))
+    assert compute(scheduler)[1].span.count == 8
+
+
 def test_many_who_decode_leave_room_for_twice_their_number() -> None:
     scheduler = scheduler_of(num_slots=11, max_cached_tokens=2_000)
     for _ in range(10):
