@@ -127,11 +127,12 @@ class Proof:
             await asyncio.sleep(0.05)
 
     async def victim(self, *, beside: int = 2) -> tuple[AnyProcess, list[Told]]:
-        """A random worker that holds streams in the middle, and those, while at least `beside` others serve."""
+        """A random worker whose streams all flow, and those, while at least `beside` others serve."""
         while True:
             serving = self.cluster.serving_workers()
             holders = {told.job_id: self.cluster.find_holder(told.job_id) for told in self.open if told.token_ids}
-            found = [holder for holder in holders.values() if holder in serving]
+            waiting = [holders.get(told.job_id) for told in self.open if told.lost_s]
+            found = [holder for holder in holders.values() if holder in serving and holder not in waiting]
             if len(serving) > beside and found:
                 holder = random.choice(found)
                 assert holder is not None
@@ -150,7 +151,7 @@ async def kill_worker(proof: Proof) -> None:
     proof.cluster.kill_worker(victim)
     proof.note_loss(held)
     proof.cluster.start_worker()
-    await asyncio.sleep(random.uniform(0.0, 1.0))
+    await asyncio.sleep(random.uniform(0.5, 2.5))
 
 
 async def kill_api(proof: Proof) -> None:
