@@ -46,7 +46,7 @@ class ApiState:
         )
         self.client = async_redis(settings.redis_url.get_secret_value())
         self.queue = JobQueue(self.client, limits=self.limits)
-        self.streams = TokenStreams(self.client)
+        self.streams = TokenStreams(self.client, queue=self.queue)
         self.models = Models(settings.models_dir, preferred=settings.default_model)
         self.metrics = ApiMetrics()
         self.tracer = tracer or open_tracer("api", settings.otlp_endpoint)

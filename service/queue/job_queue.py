@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import secrets
 import time
+from dataclasses import dataclass
 from typing import Any, Final
 
 import redis.asyncio
@@ -22,11 +24,23 @@ from service.queue.job import Admission, JobRecord, JobRequest, ModelStatistics,
 from service.queue.records import read_place, read_record
 from service.queue.scripts import AsyncScripts
 
+logger = logging.getLogger(__name__)
+
+MAX_REMEMBERED: Final = 2_000
+"""Jobs with a listener that a process could admit again; a request is a few KB."""
 NO_WORKER_RETRY_S: Final = 5.0
 UNKNOWN_SPEED_RETRY_S: Final = 5.0
 RETRY_RANGE_S: Final = (1.0, 120.0)
 JITTER: Final = random.Random()
 """Not the global generator: whoever runs the API inside a process of their own may have seeded that one."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What `lua/admit` was given for a job, and the moment of a monotonic clock until which the job may run."""
+
+    arguments: tuple[str | int | float, ...]
+    until_s: float
 
 
 class JobQueue:
@@ -36,6 +50,7 @@ class JobQueue:
         self.limits = limits
         self._client = client
         self._scripts = AsyncScripts(client)
+        self._listened_to: dict[str, Admitted] = {}
 
     async def admit(
         self,
@@ -70,8 +85,7 @@ class JobQueue:
         if idempotency is not None:
             known_as = hashlib.sha256("\0".join((key, idempotency[0])).encode(errors="surrogatepass")).hexdigest()
             body = hashlib.sha256(idempotency[1].encode(errors="surrogatepass")).hexdigest()
-        answer, *values = await self._scripts.run(
-            "admit",
+        arguments = (
             new_job_id(),
             request.model,
             request.to_json(),
@@ -93,9 +107,12 @@ class JobQueue:
             or_nothing(entitled_to.tokens_per_minute),
             or_nothing(entitled_to.max_queued_jobs),
         )
+        answer, *values = await self._scripts.run("admit", *arguments)
         if answer in ("admitted", "known"):
             job_id, standing = values
             position, eta_s = read_place(standing)
+            if answer == "admitted" and cancel_on_disconnect:
+                self._remember(job_id, Admitted(arguments, time.monotonic() + timeout_s))
             return Admission(id=job_id, position=position, eta_s=eta_s, is_new=answer == "admitted")
         if answer == "full":
             raise self._queue_full(request, *values)
@@ -125,12 +142,45 @@ class JobQueue:
             retry_after_s=NO_WORKER_RETRY_S,
         )
 
+    async def restore(self, job_id: str) -> bool:
+        """Admit a job again, under its id, that Redis lost; False if this process did not admit it.
+
+        A Redis that comes back after a power cut may lack its last second. Seed and prompt are the same, so is every
+        token: a listener who had some of them goes on behind those. Raises `NotReady` as `admit`.
+        """
+        lost = self._listened_to.get(job_id)
+        if lost is None or lost.until_s <= time.monotonic():
+            return False
+        arguments = list(lost.arguments)
+        arguments[6] = max(1, round(1000 * (lost.until_s - time.monotonic())))
+        arguments[10:12] = [2**31, 2**53]  # it was accepted once: no bound refuses it now, nor does its key's
+        arguments[17:20] = ["", "", ""]
+        answer, *_ = await self._scripts.run("admit", *arguments)
+        if answer == "no_worker":  # they say that they live within seconds
+            raise NotReady("No worker is back yet.", code="no_worker", retry_after_s=1.0)
+        logger.warning("job %s was lost by Redis and is admitted again", job_id)
+        return True
+
+    def admitted(self, job_id: str) -> bool:
+        """Whether this process admitted it, and its listener has not heard its end."""
+        return job_id in self._listened_to
+
+    def forget(self, job_id: str) -> None:
+        """Nobody needs this job restored any more."""
+        self._listened_to.pop(job_id, None)
+
+    def _remember(self, job_id: str, admitted: Admitted) -> None:
+        self._listened_to[job_id] = admitted
+        if len(self._listened_to) > MAX_REMEMBERED:
+            del self._listened_to[next(iter(self._listened_to))]
+
     async def get(self, job_id: str) -> JobRecord | None:
         """Return a job with everything it delivered so far; None for an unknown or forgotten one."""
         return read_record(job_id, await self._scripts.run("read", job_id))
 
     async def cancel(self, job_id: str) -> JobRecord | None:
         """Close a queued or running job at once and return it; one that ended stays as it is. None when unknown."""
+        self.forget(job_id)
         await self._scripts.run("cancel", job_id)
         return await self.get(job_id)
 

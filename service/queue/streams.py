@@ -19,6 +19,7 @@ import redis.asyncio
 from service.errors import NotFound, NotReady
 from service.queue import keys
 from service.queue.job import Chunk, Ended, JobRecord, JobState, QueuedEvent
+from service.queue.job_queue import JobQueue
 from service.queue.push import PushConnection, end_task
 from service.queue.records import read_chunks, read_place, read_push, read_record
 from service.queue.scripts import AsyncScripts
@@ -35,7 +36,9 @@ END_MESSAGE: Final = "end"
 class TokenStreams:
     """All streams of one API process: one push connection, one task that says "still listening"."""
 
-    def __init__(self, client: redis.asyncio.Redis) -> None:
+    def __init__(self, client: redis.asyncio.Redis, *, queue: JobQueue | None = None) -> None:
+        """`queue` admits again what Redis lost of the jobs it admitted."""
+        self._queue = queue
         self._scripts = AsyncScripts(client)
         self._push = PushConnection(client)
         self._watched: Counter[str] = Counter()
@@ -54,6 +57,10 @@ class TokenStreams:
         num_characters: int | None = None
         place: QueuedEvent | None = None
         with self._watching(job_id, watch):
+            if watch and not (self._queue is not None and self._queue.admitted(job_id)):
+                # Its first listener is gone, perhaps with its process: time until the job counts as nobody's runs on.
+                with contextlib.suppress(NotReady):
+                    await self._scripts.run("touch", keys.WATCH_MS, job_id)
             async with self._push.listen(keys.PUSH + job_id, timeout_s=SUBSCRIBE_S) as inbox:
                 while True:
                     state, standing, entries = await self._peek(job_id, cursor)
@@ -64,6 +71,8 @@ class TokenStreams:
                     if JobState(state).is_final:
                         record = read_record(job_id, (standing, (), entries))
                         assert record is not None
+                        if self._queue is not None:
+                            self._queue.forget(job_id)
                         yield Ended(record=record)
                         return
                     if state == JobState.QUEUED:
@@ -100,6 +109,8 @@ class TokenStreams:
         while True:
             try:
                 reply = await self._scripts.run("peek", job_id, cursor)
+                if not reply and self._queue is not None and await self._queue.restore(job_id):
+                    continue
             except NotReady:
                 if time.monotonic() > give_up_at:
                     raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -129,6 +130,17 @@ async def test_redis_lost_its_last_second(cluster: Cluster) -> None:
         cluster.redis.stop(kill=True)
         with file.open("rb+") as tail:
             tail.truncate(size)
+        cluster.start_redis()
+
+    await disturbed(cluster, lose)
+
+
+async def test_redis_lost_everything(cluster: Cluster) -> None:
+    """Even then: the API processes whose clients listen admit their jobs again, and their tokens are the same."""
+
+    async def lose(told: list[Told]) -> None:
+        cluster.redis.stop(kill=True)
+        shutil.rmtree(cluster.root / "redis" / "appendonlydir")
         cluster.start_redis()
 
     await disturbed(cluster, lose)

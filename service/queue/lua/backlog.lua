@@ -5,9 +5,11 @@ local function count(model, state, jobs, cost)
 end
 
 local function counts_of(model, key)
-  local fields = redis.call('HMGET', COUNTS .. model, 'queued', 'queued_cost', 'speed', 'promised', 'k:' .. key)
-  for i = 1, 5 do fields[i] = tonumber(fields[i] or 0) end
-  return { queued = fields[1], queued_cost = fields[2], speed = fields[3], promised = fields[4], of_key = fields[5] }
+  local names, counts = { 'queued', 'queued_cost', 'speed', 'promised', 'broken' }, {}
+  local fields = redis.call('HMGET', COUNTS .. model, 'k:' .. key, unpack(names))
+  for i, name in ipairs(names) do counts[name] = tonumber(fields[i + 1] or 0) end
+  counts.of_key = tonumber(fields[1] or 0)
+  return counts
 end
 
 -- `owed` is the cost by the weight of the key, which is what its next jobs stand behind.

@@ -28,12 +28,15 @@ local function no_room(model, who, cost, counts, max_jobs, max_cost, now)
     return 0
   end
   local apart = cost / counts.speed * 1000
-  local first = math.min(spare, counts.queued_cost / cost) * apart
-  local next_due = returns and now + apart or math.max(now + first, counts.promised) + apart
+  local line, first = 'promised', math.min(spare, counts.queued_cost / cost) * apart
+  if returns then -- its promise was broken, the service is slower than it was: such have a line of their own
+    line, first = 'broken', 0
+  end
+  local next_due = math.max(now + first, counts[line]) + apart
   if next_due - now <= MOST_MS and num_promises < MOST_PROMISES then
     redis.call('ZADD', promises, next_due, who)
     redis.call('PEXPIRE', promises, MOST_MS + GRACE_MS)
-    if not returns then redis.call('HSET', COUNTS .. model, 'promised', math.ceil(next_due)) end
+    redis.call('HSET', COUNTS .. model, line, math.ceil(next_due))
   end
   return math.min(next_due - now, MOST_MS)
 end

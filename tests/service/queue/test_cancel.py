@@ -8,6 +8,7 @@ import pytest
 
 from service.queue import keys
 from service.queue.job import Finish, JobState, Verdict
+from service.queue.streams import TokenStreams
 from tests.service.queue.conftest import MODEL, Bench, chunk, wait_until_async
 
 pytestmark = pytest.mark.anyio
@@ -139,3 +140,15 @@ async def test_vanished_jobs_are_audited_away(bench: Bench) -> None:
     assert bench.client.zrange(keys.LEASES + MODEL, 0, -1) == [running.id]
     assert set(bench.client.zrange(keys.DEADLINES, 0, -1)) == {running.id, kept.id}
     assert [job.id for job in bench.take(num_slots=4)] == [kept.id]
+
+
+async def test_a_listener_who_comes_to_another_process_is_believed_in_at_once(bench: Bench) -> None:
+    """Else a job whose API processes die one after the other is cancelled under a client that listens all the time."""
+    job = await bench.admit(cancel_on_disconnect=True)
+    bench.client.zadd(keys.WATCHES, {job.id: 1_000}, xx=True)
+    other = TokenStreams(bench.queue._client)
+    events = other.follow(job.id)
+    await anext(events)
+    assert int(str(bench.client.zscore(keys.WATCHES, job.id)).partition(".")[0]) > 1_000
+    await events.aclose()
+    await other.aclose()
