@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import DataError, TokenizerError
+from shared.errors import DataError, StorageError, TokenizerError
 from shared.files import atomic_folder, storage_errors, write_atomically
 from shared.pretrained import only_one_process
 from shared.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ from trainer.corpus.hub import HubText
 from trainer.corpus.survey import Survey, document_hash, survey_files, survey_stream
 from trainer.corpus.text import Documents
 from trainer.progress import Progress
-from trainer.token_file import FORMAT, MAX_VOCAB_SIZE, TokenFile, open_token_file, read_manifest
+from trainer.token_file import FORMAT, MAX_VOCAB_SIZE, TOKEN_DTYPE, TokenFile, open_token_file, read_manifest
 from trainer.token_writer import UnfinishedTokens, read_note
 
 __all__ = ["PreparedData", "TokenFile", "load_prepared", "prepare"]
@@ -174,8 +175,23 @@ class Work:
                 continue
             note = read_note(folder, identity)
             owed.append((text, folder, note or {"identity": identity, "survey": asdict(self.survey(text))}))
+        check_room(self.output_dir, sum(text.max_tokens or 0 for text, _, _ in owed))
         for text, folder, note in owed:
             encode_text(text, tokenizer, folder, note)
+
+
+def check_room(folder: Path, num_tokens: int) -> None:
+    """Refuse a budget of streamed tokens that the disk cannot take.
+
+    Raises:
+        StorageError: less is free than the tokens need.
+    """
+    needed, free = num_tokens * TOKEN_DTYPE.itemsize, shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"{folder} has {free / 1e9:.1f} GB free and {num_tokens:,} tokens need {needed / 1e9:.1f} GB: free some "
+            "space, lower data.token_budget, or set SMOLLM_DATA_DIR to another disk"
+        )
 
 
 def sample_documents(text: FileText | HubText, found: Survey) -> Iterator[str]:

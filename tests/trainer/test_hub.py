@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from shared.errors import ConfigError, DataError
+from shared.errors import ConfigError, DataError, StorageError
 from tests.tiny import tiny_tokenizer
 from tests.trainer.small_run import ROOT
 from trainer import prepare as prepare_module
@@ -105,11 +105,17 @@ def test_a_dataset_that_ends_before_its_budget_says_so(
     assert "code: the dataset ended after" in caplog.text
 
 
-def small_prepare(repository: Path, root: Path) -> None:
+def test_a_budget_the_disk_cannot_take_is_refused_before_any_work(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"1,000,000,000,000,000 tokens need 2000000\.0 GB.*data\.token_budget"):
+        small_prepare(repository, tmp_path, max_tokens=10**15)
+    assert not list(tmp_path.glob("tokens/*code*"))
+
+
+def small_prepare(repository: Path, root: Path, max_tokens: int = 50_000) -> None:
     prepare(
         ["code"],
         data_dir=root,
-        datasets={"code": dataset(repository, "code", max_tokens=50_000)},
+        datasets={"code": dataset(repository, "code", max_tokens=max_tokens)},
         tokenizer=tiny_tokenizer(),
         vocab_size=None,
         output_dir=root / "tokens",
