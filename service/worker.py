@@ -346,6 +346,8 @@ def run_worker(settings: Settings) -> None:
         load_host,
         device=device.value,
         dtype=dtype.value,
+        weights=settings.weights,
+        kernels=settings.kernels,
         num_slots=settings.num_slots,
         max_cached_tokens=settings.max_cached_tokens,
         speculate=settings.speculation == "auto",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.engine.attention import StepAttention
 from service.engine.drafting import Drafter
 from service.engine.kv_cache import KVCache
+from service.engine.network import Network, TorchNetwork
 from service.engine.pace import Pace
 from service.engine.scheduler import Scheduler, Work
 from service.engine.sequence import Output, Sequence
@@ -65,15 +65,18 @@ class Engine:
         busy_prefill_chunk: int | None = None,
         speculate: bool = True,
         share_prefixes: bool = True,
+        network: Network | None = None,
     ) -> None:
         """Serve at most `num_slots` sequences at a time whose prompts and completions fit `max_cached_tokens`.
 
         The chunks bound the prompt tokens of a step (see `Scheduler`); None is the device's own measure, and what the
         steps' own pace allows. `speculate` computes guesses beside the tokens where that saves time; `share_prefixes`
-        copies what prompts have in common.
+        copies what prompts have in common. The `network` computes the model's scores;
+        by default the model itself does.
         """
         self.model = model
         self.tokenizer = tokenizer
+        self.network: Network = network or TorchNetwork(model)
         self.cache = KVCache(
             model.config,
             num_slots=num_slots,
@@ -182,17 +185,11 @@ class Engine:
     def forward(self, work: list[Work]) -> Tensor:
         """Compute all tokens of the step at once; return the scores (B, V) that `Work.num_scores` asks for."""
         ids: list[int] = []
-        positions: list[int] = []
         places: list[int] = []
         for item in work:
             ids += item.token_ids
-            positions += range(item.span.start, item.span.end)
             places += range(len(ids) - item.num_scores, len(ids))
-        ids_1N = torch.tensor([ids], device=self.model.device)
-        positions_1N = torch.tensor([positions], device=self.model.device)
-        attend = StepAttention(self.cache, [item.span for item in work])
-        hidden_ND = self.model.hidden_states(ids_1N, positions_1N, attend)[0]
-        return self.model.logits(hidden_ND if len(places) == len(ids) else hidden_ND[places])
+        return self.network.scores(self.cache, ids, [item.span for item in work], places)
 
     def draw(self, logits_BV: Tensor, complete: list[Work]) -> list[Output]:
         """Draw a token for each sequence, and a further one as long as the one before was guessed right.

@@ -18,11 +18,10 @@ import torch
 
 from service.engine.drafting import MOST
 from service.engine.engine import Engine
+from service.engine.network import Weights, load_network
 from service.engine.pace import STALL
-from service.engine.packing import can_pack, pack_linears
 from service.engine.sequence import Sequence
 from shared.catalog import ModelFolder, list_model_folders
-from shared.checkpoint import load_model
 from shared.errors import SmolLMError
 from shared.sampling import SamplingParams
 from shared.tokenizer import Tokenizer
@@ -62,6 +61,8 @@ def load_host(
     max_cached_tokens: int,
     speculate: bool = True,
     share_prefixes: bool = True,
+    weights: Weights = "dtype",
+    kernels: str = "auto",
 ) -> Host:
     """Load a folder's weights and tokenizer, and run a few tokens so that the first request finds everything warm.
 
@@ -74,9 +75,7 @@ def load_host(
     tokenizer = Tokenizer.from_folder(folder.path)
     tokenizer.check_fits(folder.config)
     _ = tokenizer.bytes_of_tokens, tokenizer.vocabulary  # tables that the first request would wait for
-    model = load_model(folder, device=device, dtype=dtype)
-    if can_pack(device, dtype):
-        pack_linears(model)
+    model, network = load_network(folder, device=device, dtype=dtype, weights=weights, kernels=kernels)
     engine = Engine(
         model,
         tokenizer,
@@ -84,16 +83,17 @@ def load_host(
         max_cached_tokens=max_cached_tokens,
         speculate=speculate,
         share_prefixes=share_prefixes,
+        network=network.value,
     )
     warm_up(engine)
     log.info(
-        "loaded %s (%.1f million numbers, %s on %s, revision %s) in %.1f s",
+        "loaded %s (%.1f million numbers, revision %s) in %.1f s; it is computed by %s on %s",
         folder.name,
         folder.config.num_parameters / 1e6,
-        str(dtype).removeprefix("torch."),
-        device,
         folder.revision[:12],
         time.monotonic() - started_s,
+        network.reason,
+        device,
     )
     log.info("%s", describe_choices(engine))
     return Host(folder=folder, engine=engine)

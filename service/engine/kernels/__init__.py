@@ -1,0 +1,1 @@
+"""The network as one C++ call per step, for CPUs: `decoder.cpp`, compiled by `build` and called by `decoder`."""

@@ -1,0 +1,128 @@
+// Weights laid out once, in the order in which they are read, and the rows they are multiplied with.
+//
+// A tile is 1 KiB: 16 outputs by 16 groups of 4 bytes along the inputs, which is what AMX loads, what AVX512-BF16 and
+// VNNI multiply at once, and what everything else can take apart. A group holds 2 numbers in bf16, 4 in int8. Tiles of
+// two blocks of 16 outputs alternate, so that a thread reads one long stream: matrix[pair][k tile][block of the pair].
+#pragma once
+#include <cmath>
+#include "vectors.h"
+
+namespace smollm {
+
+constexpr int BLOCK = 16;        // outputs of a tile
+constexpr int PAIR = 2 * BLOCK;  // outputs that are computed together
+constexpr int GROUPS = 16;       // 4-byte groups of inputs in a tile
+constexpr int TILE = 1024;       // bytes
+constexpr int ROWS = 32;         // rows that are computed together, at most
+
+struct Matrix {
+    uint8_t* tiles = nullptr;
+    float* scales = nullptr;  // int8: one per output
+    int* sums = nullptr;      // int8: the sum of each output's weights
+    int num_inputs = 0, num_pairs = 0, num_k_tiles = 0;
+    bool is_int8 = false;
+
+    int inputs_of_tile() const { return is_int8 ? 64 : 32; }
+    int num_outputs() const { return num_pairs * PAIR; }
+    int64_t pair_bytes() const { return (int64_t)num_k_tiles * 2 * TILE; }
+    int64_t bytes() const { return num_pairs * pair_bytes(); }
+    const uint8_t* pair(int number) const { return tiles + number * pair_bytes(); }
+
+    void shape(int inputs, int outputs, bool int8) {
+        is_int8 = int8;
+        num_inputs = inputs;
+        num_pairs = (outputs + PAIR - 1) / PAIR;
+        num_k_tiles = (inputs + inputs_of_tile() - 1) / inputs_of_tile();
+    }
+
+    // Writes one output's weights, `num_inputs` floats, to where they belong. What is not written stays zero.
+    void set(int output, const float* weights) {
+        uint8_t* block = tiles + output / PAIR * pair_bytes() + output / BLOCK % 2 * TILE + output % BLOCK * 4;
+        if (!is_int8) {
+            for (int k = 0; k < num_inputs; k++) {
+                uint16_t half = to_bf16(weights[k]);
+                memcpy(block + k / 32 * 2 * TILE + k % 32 / 2 * 64 + k % 2 * 2, &half, 2);
+            }
+            return;
+        }
+        float largest = 0;
+        for (int k = 0; k < num_inputs; k++) largest = std::fmax(largest, std::fabs(weights[k]));
+        float scale = largest / 127;
+        scales[output] = scale;
+        sums[output] = 0;
+        for (int k = 0; k < num_inputs; k++) {
+            int8_t whole = scale > 0 ? (int8_t)std::lrint(weights[k] / scale) : 0;
+            block[k / 64 * 2 * TILE + k % 64 / 4 * 64 + k % 4] = (uint8_t)whole;
+            sums[output] += whole;
+        }
+    }
+};
+
+// Rows of inputs as a product takes them. In bf16: the numbers. In int8: each row's numbers as 15-bit whole numbers,
+// scale * (128 * high + low): first all `high`, then all `low`, each int8, so that only the weights are coarse.
+struct Rows {
+    uint8_t* data = nullptr;
+    float* scales = nullptr;
+    int64_t stride = 0;  // bytes from row to row; in int8 half of them to `low`
+
+    // Not a power of two, which would give all rows the same few places in the cache.
+    static int64_t stride_of(const Matrix& matrix) { return (matrix.num_k_tiles * 64 + 64) * (matrix.is_int8 ? 2 : 1); }
+    const uint8_t* row(int number) const { return data + number * stride; }
+};
+
+// The floats of `count` numbers from `from` on, zeros behind them.
+inline Floats load_some(const float* from, int count) {
+    if (count >= LANES) return load<Floats>(from);
+    Floats vector = {};
+    memcpy(&vector, from, count * sizeof(float));
+    return vector;
+}
+
+// Writes one row's inputs, times `factor` and, where given, `weights`: RMSNorm's last step.
+inline void prepare_row(const Matrix& matrix, const Rows& rows, int row, const float* x, float factor,
+                        const float* weights) {
+    int size = matrix.num_inputs, padded = matrix.num_k_tiles * matrix.inputs_of_tile();
+    auto number = [&](int k) {
+        Floats value = load_some(x + k, size - k) * factor;
+        return weights ? value * load_some(weights + k, size - k) : value;
+    };
+    uint8_t* to = rows.data + row * rows.stride;
+    if (!matrix.is_int8) {
+        for (int k = 0; k < padded; k += LANES) store(to + 2 * k, k < size ? to_bf16(number(k)) : Halves{});
+        return;
+    }
+    Floats most = {};
+    for (int k = 0; k < size; k += LANES) {
+        Floats value = number(k);
+        most = larger(most, larger(value, -value));
+    }
+    constexpr float RANGE = 127 * 128;
+    float largest = maximum(most);
+    float per_unit = largest > 0 ? RANGE / largest : 0;
+    rows.scales[row] = largest / RANGE;
+    typedef int8_t Bytes __attribute__((vector_size(16)));
+    for (int k = 0; k < padded; k += LANES) {
+        Bytes high = {}, low = {};
+        if (k < size) {
+            constexpr float SHIFT = 12582912.0f;  // rounds, as in exp2
+            Ints whole = (Ints)(number(k) * per_unit + SHIFT) - (Ints)splat(SHIFT);
+            Ints upper = (whole + 64) >> 7;
+            high = __builtin_convertvector(upper, Bytes);
+            low = __builtin_convertvector(whole - (upper << 7), Bytes);
+        }
+        store(to + k, high);
+        store(to + rows.stride / 2 + k, low);
+    }
+}
+
+// 1 / rms(x). Zhang and Sennrich 2019, arXiv 1910.07467.
+inline float inverse_rms(const float* x, int size, float eps) {
+    Floats squares = {};
+    for (int k = 0; k < size; k += LANES) {
+        Floats value = load_some(x + k, size - k);
+        squares += value * value;
+    }
+    return 1.0f / std::sqrt(sum(squares) / (float)size + eps);
+}
+
+}  // namespace smollm

@@ -1,0 +1,96 @@
+"""How a step's scores are computed: by the compiled kernels where they can, else by PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from service.engine.attention import StepAttention
+from service.engine.kernels.build import KernelsUnavailable
+from service.engine.kernels.decoder import CompiledDecoder, knows_shape
+from service.engine.kernels.library import Library, load_library
+from service.engine.kv_cache import KVCache, Span
+from service.engine.packing import can_pack, pack_linears
+from shared.catalog import ModelFolder
+from shared.checkpoint import load_model
+from shared.config import ModelConfig
+from shared.device import Choice
+from shared.errors import ConfigError
+from shared.model import SmolLM2
+
+Weights = Literal["dtype", "int8"]
+
+
+class Network(Protocol):
+    """Scores of the next tokens, given the new tokens of a step."""
+
+    def scores(self, cache: KVCache, token_ids: Sequence[int], spans: Sequence[Span], places: Sequence[int]) -> Tensor:
+        """Compute the tokens of `spans`, one span after the other; write their keys and values into the cache.
+
+        Returns:
+            (B, V): what may follow each token in `places`, which counts in `token_ids`. Good until the next call.
+        """
+
+
+class TorchNetwork:
+    """The network as PyTorch computes it, on any device and in any dtype; in fp32 it is the oracle's own."""
+
+    def __init__(self, model: SmolLM2) -> None:
+        self.model = model
+
+    def scores(self, cache: KVCache, token_ids: Sequence[int], spans: Sequence[Span], places: Sequence[int]) -> Tensor:
+        device = self.model.device
+        positions = [position for span in spans for position in range(span.start, span.end)]
+        ids_1N, positions_1N = torch.tensor([token_ids], device=device), torch.tensor([positions], device=device)
+        hidden_ND = self.model.hidden_states(ids_1N, positions_1N, StepAttention(cache, spans))[0]
+        return self.model.logits(hidden_ND if len(places) == len(token_ids) else hidden_ND[list(places)])
+
+
+def load_network(
+    folder: ModelFolder, *, device: torch.device, dtype: torch.dtype, weights: Weights = "dtype", kernels: str = "auto"
+) -> tuple[SmolLM2, Choice[Network]]:
+    """Load a folder's weights for serving; the choice says why what computes them does.
+
+    The model is for its configuration and its cache's dtype: the kernels take its matrices away.
+
+    Raises:
+        WeightsError: what is wrong with the folder.
+        ConfigError: int8 weights, where there are no kernels to multiply them.
+    """
+    try:
+        library = library_for(folder.config, device=device, dtype=dtype, weights=weights, kernels=kernels)
+    except KernelsUnavailable as error:
+        if weights == "int8":
+            raise ConfigError(f"weights is 'int8', which needs the compiled kernels: {error}") from error
+        model = load_model(folder, device=device, dtype=dtype)
+        name = "PyTorch"
+        if can_pack(device, dtype):
+            pack_linears(model)
+            name = "PyTorch with packed weights"
+        return model, Choice(TorchNetwork(model), f"{name}, as {error}")
+    # Rounded to int8 once, from what the file says.
+    model = load_model(folder, device=device, dtype=torch.float32 if weights == "int8" else dtype)
+    compiled = CompiledDecoder(model, library, is_int8=weights == "int8")
+    return model, Choice(compiled, f"compiled kernels for {library.level}, {compiled.description}")
+
+
+def library_for(
+    config: ModelConfig, *, device: torch.device, dtype: torch.dtype, weights: Weights, kernels: str
+) -> Library:
+    """Return the kernels that compute such a model.
+
+    Raises:
+        KernelsUnavailable: none do; the sentence says why.
+    """
+    if kernels == "off":
+        raise KernelsUnavailable("the kernels are off in the settings")
+    if device.type != "cpu":
+        raise KernelsUnavailable(f"the kernels are for CPUs, not {device.type}")
+    if dtype != torch.bfloat16 and weights != "int8":
+        raise KernelsUnavailable(f"the kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}")
+    if not knows_shape(config):
+        raise KernelsUnavailable(f"the kernels know heads of up to 256 numbers, not {config.head_dim}")
+    return load_library(kernels)
