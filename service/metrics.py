@@ -10,9 +10,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from service.queue.job import Chunk, JobRecord, JobRequest, ModelStatistics, WorkerInfo
+from shared.errors import ConfigError
 
 SECONDS: Final = (
     *(0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06),
@@ -200,3 +201,15 @@ class WorkerMetrics:
             "worker_refused_writes", "Writes that Redis refused: fenced, cancel, gap", ("verdict",), registry=registry
         )
         self.redis_up = Gauge("worker_redis_up", "1 while Redis answers", registry=registry)
+
+
+def serve_metrics(metrics: WorkerMetrics, port: int) -> None:
+    """Answer GET /metrics on a thread of its own; port 0 is off."""
+    if not port:
+        return
+    try:
+        start_http_server(port, registry=metrics.registry)
+    except OSError as error:
+        raise ConfigError(
+            f"the worker's metrics port {port} cannot be opened ({error.strerror}); set SMOLLM_WORKER_METRICS_PORT"
+        ) from error

@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass, replace
 from types import FrameType
 
-import prometheus_client
 import redis
 import torch
 
@@ -24,7 +23,7 @@ from service.engine.host import Host, Hosts, load_host
 from service.engine.sequence import Output, Sequence
 from service.errors import NotReady
 from service.heartbeat import Heartbeat
-from service.metrics import WorkerMetrics
+from service.metrics import WorkerMetrics, serve_metrics
 from service.observer import Observer
 from service.publishing import Publisher
 from service.queue.connection import blocking_redis, check_server
@@ -33,7 +32,7 @@ from service.queue.worker_queue import WorkerQueue
 from service.settings import Settings
 from service.tracing import Tracer, open_tracer
 from shared.device import choose_device, choose_dtype, choose_num_threads
-from shared.errors import ConfigError, SmolLMError
+from shared.errors import SmolLMError
 from shared.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -388,15 +387,3 @@ def wait_for_redis(worker: Worker, client: redis.Redis) -> bool:
             told = True
             time.sleep(RETRY_S)
     return False
-
-
-def serve_metrics(metrics: WorkerMetrics, port: int) -> None:
-    """Answer GET /metrics on a thread of its own; port 0 is off."""
-    if not port:
-        return
-    try:
-        prometheus_client.start_http_server(port, registry=metrics.registry)
-    except OSError as error:
-        raise ConfigError(
-            f"the worker's metrics port {port} cannot be opened ({error.strerror}); set SMOLLM_WORKER_METRICS_PORT"
-        ) from error
