@@ -116,6 +116,18 @@ class DecoderLayer(nn.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))  # type: ignore[no-any-return]
 
 
+class RunLayer(Protocol):
+    """How a layer is run: training passes a compiled way, or one that keeps only the layer's input."""
+
+    def __call__(self, layer: nn.Module, x_BTD: Tensor, cos_BTE: Tensor, sin_BTE: Tensor, attend: Attend, /) -> Tensor:
+        """Return the layer's output, shaped like `x_BTD`."""
+
+
+def run_layer(layer: nn.Module, x_BTD: Tensor, cos_BTE: Tensor, sin_BTE: Tensor, attend: Attend) -> Tensor:
+    """Run a layer as it is."""
+    return layer(x_BTD, cos_BTE, sin_BTE, attend)  # type: ignore[no-any-return]
+
+
 class Decoder(nn.Module):
     """The part Hugging Face names `model`: embedding, layers, last norm."""
 
@@ -172,7 +184,11 @@ class SmolLM2(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * (std * scale))
 
     def hidden_states(
-        self, token_ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend = attend_causally
+        self,
+        token_ids_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        attend: Attend = attend_causally,
+        run_layer: RunLayer = run_layer,
     ) -> Tensor:
         """Run all layers and the last norm: (B, T) ids -> (B, T, D). Positions count from 0 unless given."""
         x_BTD = self.model.embed_tokens(token_ids_BT)
@@ -180,7 +196,7 @@ class SmolLM2(nn.Module):
             positions_BT = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device).unsqueeze(0)
         cos_BTE, sin_BTE = (table_PE[positions_BT].to(x_BTD.dtype) for table_PE in self.rope)
         for layer in self.model.layers:
-            x_BTD = layer(x_BTD, cos_BTE, sin_BTE, attend)
+            x_BTD = run_layer(layer, x_BTD, cos_BTE, sin_BTE, attend)
         return self.model.norm(x_BTD)  # type: ignore[no-any-return]
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:

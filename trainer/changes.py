@@ -15,6 +15,8 @@ SAFE_ON_RESUME = frozenset(
         "description",
         "micro_batch_size",
         "gradient_accumulation_steps",
+        "merge_micro_batches",
+        "activation_checkpointing",
         "device",
         "compile",
         "parallel",

@@ -115,6 +115,7 @@ def evaluate(options: Options) -> list[str]:
         max_windows=config.evaluate_windows,
         rows_per_pass=config.micro_batch_size,
         dtype=hardware.dtype,
+        mask_documents=config.mask_documents,
     )
     assert results is not None, "nothing asks it to stop"
     return [report.evaluation_table(state["step"], results, {})]

@@ -175,6 +175,19 @@ class TrainConfig(Section):
     micro_batch_size: Positive = Field(description="rows per forward pass; bounded by memory")
     gradient_accumulation_steps: Positive = Field(1, description="forward passes per step")
 
+    merge_micro_batches: bool = Field(
+        False, description="run several micro-batches as one where memory allows; the rows of a step stay the same"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep only each layer's input and compute the rest again: a third slower, far less memory"
+    )
+    mask_documents: bool = Field(
+        False, description="tokens look only at their own document, and its positions count from 0"
+    )
+    init_from: str | None = Field(
+        None, description="weights to start from: a model's name, looked for in models/ or brought, or a folder's path"
+    )
+
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="adamw (arXiv 1711.05101), or muon (arXiv 2502.16982) for the layers' matrices beside it"
     )
@@ -200,7 +213,9 @@ class TrainConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="arithmetic of the forward pass; weights and optimizer stay fp32"
     )
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: on CUDA only")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile; auto: on CUDA, and on a CPU where it saves more than it costs"
+    )
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="under torchrun: ddp (each process holds everything) or fsdp (FSDP2: each holds a shard)"
     )

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.model import SmolLM2
-from trainer.loss import IGNORED, row_losses
+from trainer.loss import IGNORED, RowLosses
 from trainer.token_file import TokenFile
 
 
@@ -59,13 +59,18 @@ def evaluate(
     max_windows: int,
     rows_per_pass: int,
     dtype: torch.dtype,
+    mask_documents: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, HeldOut] | None:
     """Return each source's held-out loss, or None where `should_stop` said so in between.
 
+    Args:
+        mask_documents: as in training: tokens look only at their own document.
+
     A source with no held-out text is left out. Bits per byte takes the source's mean bytes per token.
     """
     results = {}
+    row_losses = RowLosses(mask_documents=mask_documents)
     for source, token_file in token_files.items():
         inputs_BT, targets_BT = held_out_windows(
             token_file.held_out, sequence_length=sequence_length, max_windows=max_windows

@@ -9,7 +9,7 @@ FSDP2 and its sharded tensors are imported where they are used: that takes a sec
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shared.model import SmolLM2
-from trainer.hardware import RowLosses
 from trainer.processes import Processes
 
 
 class StepLosses(nn.Module):
     """Inputs and targets in, each row's summed loss out. What is inside `forward` is what processes share."""
 
-    def __init__(self, model: SmolLM2, row_losses: RowLosses, dtype: torch.dtype) -> None:
+    def __init__(self, model: SmolLM2, row_losses: Callable[..., Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.row_losses = row_losses

@@ -219,6 +219,7 @@ class Run:
             max_windows=self.config.evaluate_windows,
             rows_per_pass=self.config.micro_batch_size,
             dtype=self.trainer.dtype,
+            mask_documents=self.config.mask_documents,
             should_stop=should_stop,
         )
         if results is None:

@@ -24,13 +24,15 @@ from shared.device import Choice
 from shared.errors import ConfigError
 from shared.model import SmolLM2
 from shared.tokenizer import Tokenizer
-from trainer.batches import Batches
-from trainer.config import TrainConfig
+from trainer.batches import Batch, Batches
+from trainer.config import Directories, TrainConfig
 from trainer.curriculum import Curriculum
 from trainer.hardware import Hardware
+from trainer.initial_weights import load_initial_weights
 from trainer.loss import IGNORED
 from trainer.optimizer import build_optimizer, set_learning_rate
 from trainer.parallel import StepLosses, gradients_meet, like, share, whole, whole_weights
+from trainer.prefetch import Prefetch
 from trainer.prepare import PreparedData
 from trainer.processes import Processes
 from trainer.shards import make_averages, named_tensors, read_shards, write_shards
@@ -69,18 +71,20 @@ class Trainer:
         self.processes = processes or Processes()
         self.is_sharded = config.parallel == "fsdp" and not self.processes.is_alone
         self.model_config = network_shape(config, data.tokenizer)
-        self.hardware = Hardware.choose(config)
+        self.hardware = Hardware.choose(config, num_processes=self.processes.world_size)
         if self.is_sharded and self.hardware.compile.value:
             off = Choice(False, "FSDP2 brings each layer's weights in between")
             self.hardware = dataclasses.replace(self.hardware, compile=off)
         if self.processes.local_world_size > 1 and config.num_threads == 0:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.processes.local_world_size))
         self.device, self.dtype = self.hardware.device, self.hardware.dtype
-        self.row_losses = self.hardware.row_losses()
-        self.my_rows = self.processes.share_of(config.batch_size, config.micro_batch_size)
+        self.row_losses = self.hardware.row_losses(config)
+        self.micro_batch_size = self.hardware.micro_batch.value
+        self.my_rows = self.processes.share_of(config.batch_size, self.micro_batch_size)
         curriculum = Curriculum(config.curriculum_stages(), config.batch_size)
         self.batches = Batches(data.token_files, curriculum, seed=config.seed, sequence_length=config.sequence_length)
         self.processes.agree_on("data", self.batches.data_hash)
+        self.batch_on_device = Prefetch(self.make_batch, ahead=self.hardware.prefetch.value)
         self.schedule = config.build_schedule()
         self.start_afresh()
 
@@ -91,6 +95,10 @@ class Trainer:
         scaled = self.config.scale_residual_init
         residual_scale = (2 * self.model_config.num_hidden_layers) ** -0.5 if scaled else 1.0
         self.model.initialize(self.config.seed, residual_scale=residual_scale)
+        if self.config.init_from is not None:
+            models_dir = Directories().models_dir
+            load_initial_weights(self.model, self.config.init_from, self.data.tokenizer, models_dir)
+        self.model.model.embed_tokens.sparse = self.hardware.sparse_embedding.value
         self.model.to(self.device)
         self.losses = share(
             StepLosses(self.model, self.row_losses, self.dtype), self.processes, kind=self.config.parallel
@@ -111,10 +119,7 @@ class Trainer:
         Nothing here waits for the device.
         """
         config = self.config
-        batch = self.batches.batch_at(self.step)
-        inputs_BT, targets_BT, sources_B = (
-            self.hardware.to_device(array) for array in (batch.inputs_BT, batch.targets_BT, batch.sources_B)
-        )
+        batch, (inputs_BT, targets_BT, sources_B) = self.batch_on_device(self.step)
         valid_B = (batch.targets_BT != IGNORED).sum(axis=1)
         num_tokens = max(1, int(valid_B.sum()))
         losses: list[Tensor] = []
@@ -122,7 +127,7 @@ class Trainer:
             if give_up():
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
-            rows = slice(first, first + config.micro_batch_size)
+            rows = slice(first, first + self.micro_batch_size)
             with gradients_meet(self.losses, now=first == self.my_rows[-1]):
                 losses_B = self.losses(inputs_BT[rows], targets_BT[rows])
                 (losses_B.sum() / num_tokens).backward()
@@ -145,6 +150,12 @@ class Trainer:
             source_tokens_S=np.bincount(batch.sources_B, weights=valid_B, minlength=num_sources).astype(np.int64),
             learning_rate=learning_rate,
         )
+
+    def make_batch(self, step: int) -> tuple[Batch, list[Tensor]]:
+        """Return a step's batch, and its inputs, targets and sources on the device."""
+        batch = self.batches.batch_at(step)
+        arrays = (batch.inputs_BT, batch.targets_BT, batch.sources_B)
+        return batch, [self.hardware.to_device(array) for array in arrays]
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on, as tensors and plain values; the tensors are not copied.
