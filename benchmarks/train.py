@@ -65,7 +65,9 @@ def timed(work: Callable[[], Any]) -> float:
 def micro_batches(trainer: Trainer, config: TrainConfig, step: int) -> list[tuple[Tensor, Tensor]]:
     """The step's rows as the recipe splits them."""
     batch = trainer.batches.batch_at(step)
-    inputs, targets = (torch.from_numpy(array).to(trainer.device) for array in (batch.inputs_BT, batch.targets_BT))
+    inputs, targets = (
+        torch.from_numpy(array).contiguous().to(trainer.device) for array in (batch.inputs_BT, batch.targets_BT)
+    )
     return list(
         zip(torch.split(inputs, config.micro_batch_size), torch.split(targets, config.micro_batch_size), strict=True)
     )
