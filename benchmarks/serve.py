@@ -2,9 +2,9 @@
 
     python -m benchmarks.serve [models/smollm2-135m-instruct] [--streams 1 8 32] [--rounds 3] [--plot FILE]
 
-Each engine is a process of its own that waits while another works. Greedy, end tokens ignored, prompts of 16 tokens and
-64 new ones; tokens per second are all new tokens over the wall time, prompts included. "prompt" is the speed at which
-one prompt of 512 tokens is read. Best of the rounds: whatever else the machine does only slows down.
+Each engine is a process of its own that waits while another works. Greedy, end tokens ignored, prompts of 16 tokens;
+tokens per second are all new tokens over the wall time, prompts included. "prompt" is the speed at which one prompt of
+512 tokens is read. Best of the rounds: whatever else the machine does only slows down.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from benchmarks.peers import NAMES
 from shared.device import choose_num_threads
 
-PROMPT, TOKENS, LONG_PROMPT = 16, 64, 512
+PROMPT, LONG_PROMPT = 16, 512
 PACKAGES = {"llama.cpp": "xllamacpp", "transformers": "transformers"}
 
 
@@ -123,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=64, help="new ones of each stream")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--plot", type=Path)
@@ -144,13 +145,14 @@ def main() -> None:
         print(f"{name}: ready in {ready['load_s']:.1f} s; {ready['description']}", flush=True)
     for peer in peers:
         peer.ask(2, PROMPT, 4)  # whatever is made at first use
-    for _ in range(options.rounds):
+    workloads = [*map(str, options.streams), "prompt"]
+    for number in range(options.rounds):
         for streams in options.streams:
             for peer in peers:
-                peer.measure(str(streams), streams, PROMPT, TOKENS, streams * TOKENS)
+                peer.measure(str(streams), streams, PROMPT, options.tokens, streams * options.tokens)
         for peer in peers:
             peer.measure("prompt", 1, LONG_PROMPT, 1, LONG_PROMPT)
-    print("\n".join(table(peers, [*map(str, options.streams), "prompt"])))
+        print(f"after round {number + 1}:", *table(peers, workloads), sep="\n", flush=True)
     if options.plot:
         plot(peers, options.streams, options.plot, machine)
     for peer in peers:
