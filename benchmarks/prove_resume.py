@@ -39,6 +39,7 @@ def proof_recipe() -> TrainConfig:
     ]
     settings = {"name": "proof", "num_steps": STRETCH * smoke.num_steps, "stages": stages, "sequence_length": 64}
     settings |= {"evaluate_every": 10, "evaluate_windows": 32, "sample_every": 20, "sample_tokens": 40}
+    settings |= {"data.held_out_share": 0.5}  # of ten kilobytes a source: an evaluation that takes a while
     model = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items() if key != "stages"]
     rows = ", ".join(

@@ -39,15 +39,14 @@ class Moment:
             return any(int(path.name[6:14]) >= self.step for path in folder.checkpoints.glob(".step-*"))
         rows = read_rows(folder.metrics)
         trained = max((row["step"] for row in rows if row["kind"] == "train"), default=0)
-        if self.what in ("border", "anywhere"):
+        if trained < self.step or self.what in ("border", "anywhere"):
             return trained >= self.step
         evaluated = {row["step"] for row in rows if row["kind"] == "evaluation"}
+        is_evaluated, is_sampled = trained in evaluated, trained in {row["step"] for row in read_rows(folder.samples)}
         if self.what == "evaluation":
             ends = {stage.end_step for stage in config.stages}
-            due = min(s for s in range(self.step, config.num_steps + 1) if s % config.evaluate_every == 0 or s in ends)
-            return trained >= due and due not in evaluated
-        due = min(s for s in range(self.step, config.num_steps + 1) if s % config.sample_every == 0)
-        return due in evaluated and due not in {row["step"] for row in read_rows(folder.samples)}
+            return (trained % config.evaluate_every == 0 or trained in ends) and not is_evaluated
+        return trained % config.sample_every == 0 and is_evaluated and not is_sampled
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
