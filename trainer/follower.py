@@ -43,10 +43,9 @@ def follow(config: TrainConfig, data: PreparedData, folder: RunFolder, processes
 
 def restore(trainer: Trainer, checkpoints: Checkpoints, step: int) -> None:
     """Take over the checkpoint the leader has found whole; 0: begin with fresh weights."""
+    trainer.start_afresh()
     if step > 0:
         trainer.restore(checkpoints.load(step, keep_shards=trainer.is_sharded, check=False))
-    elif trainer.step > 0:
-        trainer.start_afresh()
 
 
 def save_shards(trainer: Trainer, folder: Path) -> None:

@@ -86,11 +86,11 @@ class Run:
         """Take over the newest whole checkpoint, in every process; False where there is none."""
         state = self.checkpoints.load_newest(keep_shards=self.trainer.is_sharded)
         self.processes.tell(Command.RESTORE, state["step"] if state else 0)
-        if state is not None:
-            self.trainer.restore(state)
-        elif self.step > 0:
-            self.trainer.start_afresh()
-        return state is not None
+        self.trainer.start_afresh()
+        if state is None:
+            return False
+        self.trainer.restore(state)
+        return True
 
     def to_the_end(self) -> Literal["finished", "stopped"]:
         """Train until the last step, or until a signal asks to stop; then export.

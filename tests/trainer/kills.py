@@ -16,7 +16,7 @@ from trainer.run_folder import RunFolder, read_rows
 
 What = Literal["start-up", "border", "save", "evaluation", "samples", "anywhere"]
 
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 
 SLOWLY = [
     *("--set", "sample_every=1", "--set", "sample_tokens=24"),

@@ -21,6 +21,8 @@ from trainer.processes import Processes
 from trainer.run_folder import RunFolder, read_rows
 from trainer.state import Checkpoints
 
+pytestmark = pytest.mark.timeout(900)  # three Pythons start for each test, and the machine may be busy
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -78,7 +80,7 @@ def test_two_processes_one_of_which_dies_end_like_one_alone(tmp_path: Path, alon
     process = torchrun(tmp_path, "train", "smoke", *SLOWLY, options=("--max-restarts=2",))
     assert wait_for(lambda: len(losses(folder)) >= 8, process), process.communicate()[1]
     workers(process)[1].send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert "resuming run 'smoke'" in folder.training_log.read_text(), "torchrun started both again"
     assert weights_sha256(folder) == weights_sha256(alone)
@@ -90,7 +92,7 @@ def test_stopped_with_two_processes_it_goes_on_with_one(tmp_path: Path, alone: R
     process = torchrun(tmp_path, "train", "smoke", *SLOWLY, "--set", "save_every=1000", "--set", "evaluate_every=1000")
     assert wait_for(lambda: len(losses(folder)) >= 3, process), process.communicate()[1]
     process.send_signal(signal.SIGTERM)  # torchrun hands it on to its processes, and says itself that it was stopped
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=400)
     assert "saved; the same command goes on from here" in errors
     stopped = read_rows(folder.metrics)[-1]
     assert stopped["state"] == "stopped"
@@ -104,7 +106,7 @@ def test_shards_learn_the_same_and_one_process_reads_them(tmp_path: Path, alone:
     """FSDP2: the norm of the gradient is summed shard by shard, so the last bits differ from one process's."""
     folder = RunFolder(tmp_path / "runs" / "smoke")
     process = torchrun(tmp_path, "train", "smoke", "--set", 'parallel="fsdp"', "--set", "num_threads=1")
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert losses(folder) == pytest.approx(losses(alone), rel=1e-5)
     checkpoints, theirs = (Checkpoints(run.checkpoints, keep=2) for run in (folder, alone))
@@ -162,7 +164,7 @@ def test_gradients_meet_once_a_step_however_many_micro_batches(tmp_path: Path) -
         out = tmp_path / str(number)
         out.mkdir()
         arguments = [sys.executable, *launcher, str(script), str(tmp_path), str(out)]
-        subprocess.run(arguments, check=True, env=environment, timeout=120, capture_output=True)
+        subprocess.run(arguments, check=True, env=environment, timeout=400, capture_output=True)
         results[number] = [torch.load(path, weights_only=True) for path in sorted(out.glob("*.pt"))]
     [one], [first, second] = results[1], results[2]
     assert one["meetings"] == []

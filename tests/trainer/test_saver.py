@@ -122,7 +122,7 @@ def test_a_full_disk_stops_the_run_and_costs_nothing(small_disk: SmallDisk, tmp_
     assert wait_for(lambda: any(folder.checkpoints.glob("step-*")), process), process.communicate()[1]
     room = shutil.disk_usage(small_disk.seen_from_here).free - 200_000  # less than a checkpoint of 377 kB
     filler.write_bytes(b"\0" * max(0, room))
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == 2, errors
     last = errors.strip().splitlines()[-1]
     assert "no space is left on the disk; free some" in last
@@ -130,7 +130,7 @@ def test_a_full_disk_stops_the_run_and_costs_nothing(small_disk: SmallDisk, tmp_
     assert "Traceback" not in errors
     filler.unlink()
     process = command(tmp_path, "train", "smoke", before=small_disk.enter)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert "resuming run 'smoke'" in errors
     assert [row["step"] for row in read_rows(folder.metrics) if row["kind"] == "train"] == list(range(1, 21))
