@@ -29,7 +29,7 @@ define install
 	@touch $@
 endef
 
-.PHONY: prove-resume help demo up down train test test-slow test-redis prove-queue prove-engine check format bench clean
+.PHONY: prove-resume help demo up down train test test-slow test-redis prove-queue prove-engine fuzz-api check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -74,6 +74,9 @@ prove-resume: $(VENV)/.dev ## kill a training 25 times; its end must equal an un
 
 prove-engine: $(VENV)/.dev ## a thousand random requests: the engine against the plain loop
 	@$(PY) -m benchmarks.oracle
+
+fuzz-api: $(VENV)/.dev ## 100,000 random requests, and half an hour of schemathesis on every route
+	@$(PY) -m benchmarks.fuzz_api
 
 check: $(VENV)/.dev ## format, lint, types, import walls
 	@$(VENV)/bin/ruff format --check .

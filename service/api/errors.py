@@ -110,14 +110,23 @@ def install_error_handlers(app: FastAPI) -> None:
         if error.status_code == 404:
             refusal = NotFound(f"There is nothing at {path}; /docs lists what there is.", code="unknown_route")
         elif error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "another method")
+            allowed = ", ".join(methods_of(request)) or (error.headers or {}).get("Allow", "GET")
             refusal = MethodNotAllowed(f"{request.method} does not work on {path}; use {allowed}.")
+            request.state.refusal = refusal.code_name
+            return response_of(refusal, {"allow": allowed})
         elif error.status_code < 500:
             refusal = MalformedRequest(str(error.detail))
         else:
             refusal = InternalError(str(error.detail))
         request.state.refusal = refusal.code_name
         return response_of(refusal, error.headers)
+
+
+def methods_of(request: Request) -> list[str]:
+    """What works on an address: routes of one path are several, and the router tells of the first alone."""
+    known = request.app.openapi()["paths"]
+    path = getattr(request.scope.get("route"), "path", request.url.path)
+    return [method.upper() for method in known.get(path, {})]
 
 
 def shorten(value: object) -> str:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from service.api.admission import Accepted, admit, find_model
 from service.api.answer import cut_short
+from service.api.answers import ChatAnswer, CompletionAnswer, ModelAnswer, ModelsAnswer
 from service.api.body import describe_body, read_body
 from service.api.caller import Caller, CallerDep, identify
 from service.api.documentation import ADMISSION, errors, events
@@ -34,7 +35,6 @@ DONE = event("[DONE]")
 NAMELESS = frozenset(("dummy", "tgi"))
 """What Hugging Face's clients call a model when all they were given is an address: the default one."""
 STREAM = "OpenAI's chunks as `data:`, then `data: [DONE]`"
-RESPONSES = {200: events(STREAM), **errors(*ADMISSION, 408)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ async def admit_choices(
 @router.post(
     "/completions",
     summary="Complete prompts (OpenAI)",
-    responses=RESPONSES,
+    responses={200: {"model": CompletionAnswer, **events(STREAM)}, **errors(*ADMISSION)},
     openapi_extra=describe_body(CompletionRequest),
 )
 async def completions(request: Request, asked: Annotated[Asked, Depends(admit_completion)]) -> Response:
@@ -143,7 +143,7 @@ async def completions(request: Request, asked: Annotated[Asked, Depends(admit_co
 @router.post(
     "/chat/completions",
     summary="Answer a conversation (OpenAI)",
-    responses=RESPONSES,
+    responses={200: {"model": ChatAnswer, **events(STREAM)}, **errors(*ADMISSION)},
     openapi_extra=describe_body(ChatRequest),
 )
 async def chat_completions(request: Request, asked: Annotated[Asked, Depends(admit_chat)]) -> Response:
@@ -234,14 +234,16 @@ def describe_error(error: RequestError) -> bytes:
     return event(body_of(error)) + DONE
 
 
-@router.get("/models", summary="The models there are", responses=errors(401))
+@router.get("/models", summary="The models there are", responses={200: {"model": ModelsAnswer}, **errors(401)})
 async def list_models(request: Request) -> Response:
     """Every export that stands whole in the models folder, now."""
     models = state_of(request).models
     return JsonResponse({"object": "list", "data": [describe_model(model, models.default) for model in models.all]})
 
 
-@router.get("/models/{model:path}", summary="One model", responses=errors(401, 404))
+@router.get(
+    "/models/{model:path}", summary="One model", responses={200: {"model": ModelAnswer}, **errors(401, 404, 422, 503)}
+)
 async def read_model(request: Request, model: str) -> Response:
     models = state_of(request).models
     return JsonResponse(describe_model(await models.get(model), models.default))

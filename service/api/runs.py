@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
+from service.api.answers import RowsAnswer, RunsAnswer
 from service.api.caller import identify
 from service.api.documentation import errors
 from service.api.errors import JsonResponse, shorten
@@ -51,14 +52,16 @@ def list_folders(runs_dir: Path) -> dict[str, Path]:
         return {}
 
 
-@router.get("", summary="The training runs there are", responses=errors(401))
+@router.get("", summary="The training runs there are", responses={200: {"model": RunsAnswer}, **errors(401)})
 async def list_runs(request: Request) -> Response:
     folders = list_folders(state_of(request).settings.runs_dir)
     runs = await asyncio.to_thread(lambda: [summarise(path) for path in folders.values()])
     return JsonResponse({"runs": runs})
 
 
-@router.get("/{name}/metrics", summary="Numbers of a run", responses=errors(401, 404, 422))
+@router.get(
+    "/{name}/metrics", summary="Numbers of a run", responses={200: {"model": RowsAnswer}, **errors(401, 404, 422)}
+)
 async def read_metrics(folder: RunDep, max_rows: MaxRows = MAX_ROWS, after_step: AfterStep = -1) -> Response:
     """The rows of metrics.jsonl. Where there are more than `max_rows`, training steps are thinned out evenly; the
     last one, evaluations and changes of state stay as long as there is room."""
@@ -67,7 +70,9 @@ async def read_metrics(folder: RunDep, max_rows: MaxRows = MAX_ROWS, after_step:
     return JsonResponse({"name": folder.name, "num_rows": len(rows), "rows": clean(thin_out(rows, max_rows))})
 
 
-@router.get("/{name}/samples", summary="Texts a run wrote", responses=errors(401, 404, 422))
+@router.get(
+    "/{name}/samples", summary="Texts a run wrote", responses={200: {"model": RowsAnswer}, **errors(401, 404, 422)}
+)
 async def read_samples(folder: RunDep, max_rows: MaxRows = MAX_ROWS, after_step: AfterStep = -1) -> Response:
     """The rows of samples.jsonl, the newest where there are more than `max_rows`."""
     rows = await asyncio.to_thread(read_rows, folder / "samples.jsonl")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from service.api.response_format import ResponseFormat
-from service.api.strict import MAX_NAME, Float, Int, Name, Strict, Text
+from service.api.strict import MAX_NAME, Float, Int, Name, Strict, Text, example
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
@@ -139,6 +139,23 @@ class Timings(BaseModel):
 class GenerateAnswer(BaseModel):
     """A job as clients see it: the blocking answer, the event `done`, and `GET /jobs/ID`."""
 
+    model_config = example(
+        id="661104e38869d13d1402df6fc16d8ffa1",
+        model="tiny",
+        revision="8e5cd96575a4813be8aa88b796f1997deb2000752eb72806dd132ed76ec49e51",
+        status="succeeded",
+        text=" Speak, speak.",
+        token_ids=[17, 301, 44],
+        finish_reason="length",
+        stop_sequence=None,
+        warnings=[],
+        seed=123,
+        parameters={"max_new_tokens": 3, "temperature": 0.7},
+        usage={"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7, "cached_tokens": 0},
+        timings={"queue_ms": 1, "prefill_ms": 9.5, "decode_ms": 22, "ttft_ms": 12, "tokens_per_second": 90.9},
+        attempts=1,
+    )
+
     id: str
     model: str
     revision: str | None
@@ -179,6 +196,10 @@ class DetokenizeRequest(Strict):
 
 
 class TokensAnswer(BaseModel):
+    model_config = example(
+        model="tiny", token_ids=[38, 412, 26], tokens=["First", " Citizen", ":"], count=3, context_length=2048
+    )
+
     model: str
     token_ids: list[int]
     tokens: list[str] = Field(description="the text of each; bytes that are no character are U+FFFD")
@@ -187,6 +208,8 @@ class TokensAnswer(BaseModel):
 
 
 class TextAnswer(BaseModel):
+    model_config = example(model="tiny", text="First Citizen:")
+
     model: str
     text: str
 
@@ -200,6 +223,15 @@ class ErrorDetail(BaseModel):
 
 class ErrorAnswer(BaseModel):
     """Every error, everywhere."""
+
+    model_config = example(
+        error={
+            "message": "temperature: Input should be greater than or equal to 0; got -1.",
+            "type": "invalid_request_error",
+            "param": "temperature",
+            "code": "invalid_value",
+        }
+    )
 
     error: ErrorDetail
 

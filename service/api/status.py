@@ -10,8 +10,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
+from service.api.answers import HealthAnswer, LiveAnswer, ReadyAnswer
 from service.api.documentation import errors
 from service.api.errors import JsonResponse, body_of
 from service.api.state import ApiState, state_of
@@ -23,12 +24,12 @@ router = APIRouter(tags=["status"])
 NO_WORKER_RETRY_S = 2.0
 
 
-@router.get("/live", summary="The process answers")
+@router.get("/live", summary="The process answers", responses={200: {"model": LiveAnswer}})
 async def live() -> Response:
     return JsonResponse({"status": "live"})
 
 
-@router.get("/ready", summary="A request would be served", responses=errors(503))
+@router.get("/ready", summary="A request would be served", responses={200: {"model": ReadyAnswer}, **errors(503)})
 async def ready(request: Request) -> Response:
     """200 when Redis answers and a live worker serves the default model; 503 with the reason otherwise."""
     state = state_of(request)
@@ -44,7 +45,7 @@ async def ready(request: Request) -> Response:
     return JsonResponse({"status": "ready", "model": model.name, "workers": statistics[model.name].workers})
 
 
-@router.get("/health", summary="How it is doing, for people")
+@router.get("/health", summary="How it is doing, for people", responses={200: {"model": HealthAnswer}})
 async def health(request: Request) -> Response:
     """Always 200 while the process lives: `status` is ok, degraded (with the reason) or down (Redis is away)."""
     state = state_of(request)
@@ -85,7 +86,7 @@ def serves(workers: list[dict[str, Any]], model: str) -> int:
     return sum(model in worker["models"] and not worker["draining"] for worker in workers)
 
 
-@router.get("/metrics", summary="Prometheus")
+@router.get("/metrics", summary="Prometheus", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     state = state_of(request)
     await count_queues(state)

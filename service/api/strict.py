@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -41,3 +41,8 @@ class Strict(BaseModel):
     """No unknown field, no conversion from another type, nothing that is not finite."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
+
+
+def example(**fields: Any) -> ConfigDict:
+    """The configuration of a schema that shows one in /openapi.json."""
+    return ConfigDict(json_schema_extra={"examples": [fields]})

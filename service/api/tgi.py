@@ -74,15 +74,16 @@ async def admit_tgi(
     return Asked(body=body, model=model, job=job)
 
 
-@router.get("/", include_in_schema=False)
+@router.get(TGI_ROUTE, summary="The documentation", status_code=307, response_class=RedirectResponse, tags=["status"])
 async def to_documentation() -> Response:
+    """People who open the address in a browser."""
     return RedirectResponse("/docs")
 
 
 @router.post(
     TGI_ROUTE,
     summary="Complete a prompt (TGI)",
-    responses={200: {"model": list[TgiAnswer], **events(STREAM)}, **errors(*ADMISSION, 408)},
+    responses={200: {"model": list[TgiAnswer], **events(STREAM)}, **errors(*ADMISSION)},
     openapi_extra=describe_body(TgiRequest),
 )
 async def generate(request: Request, asked: Annotated[Asked, Depends(admit_tgi)]) -> Response:

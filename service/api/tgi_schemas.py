@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from service.api.schemas import MAX_LOGPROBS, Length, Seed, Stops, refuse_unserved, without_nulls
-from service.api.strict import Float, Int, Strict, Text
+from service.api.strict import Float, Int, Strict, Text, example
 
 DEFAULT_LENGTH = 100
 """TGI's."""
@@ -92,9 +92,10 @@ class TgiRequest(Strict):
     )
 
     inputs: Annotated[Text, Field(min_length=1)]
-    parameters: Annotated[TgiParameters, BeforeValidator(lambda value: {} if value is None else value)] = Field(
-        default_factory=TgiParameters
-    )
+    parameters: Annotated[
+        TgiParameters,
+        BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=TgiParameters | None),
+    ] = Field(default_factory=TgiParameters)
     stream: bool = False
 
     @property
@@ -104,5 +105,7 @@ class TgiRequest(Strict):
 
 
 class TgiAnswer(BaseModel):
+    model_config = example(generated_text=" Speak, speak.")
+
     generated_text: str
     details: dict[str, Any] | None = Field(None, description="finish_reason, generated_tokens, seed, tokens, …")

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from service.api.documentation import ANSWERS, BODIES
 from service.api.schemas import GenerateRequest
 from service.metrics import ApiMetrics, WorkerMetrics
 from tests.service.api.stack import Api, client_of
@@ -68,3 +69,21 @@ def test_the_dashboard_and_the_guide_name_metrics_that_there_are() -> None:
     dashboard = json.loads((ROOT / "docs/grafana.json").read_text())
     queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     assert {name.removesuffix("_bucket") for name in re.findall(r"\b(?:api|queue|worker)_\w+", queries)} <= known
+
+
+def test_every_body_and_answer_has_an_example_that_is_one(whole_api: Api) -> None:
+    description = whole_api.app.openapi()
+    schemas = description["components"]["schemas"]
+    seen = set()
+    for methods in description["paths"].values():
+        for operation in methods.values():
+            contents = [operation.get("requestBody", {}), *operation["responses"].values()]
+            for schema in (one.get("content", {}).get("application/json", {}).get("schema") for one in contents):
+                reference = (schema or {}).get("$ref") or (schema or {}).get("items", {}).get("$ref")
+                if reference is not None:
+                    seen.add(reference.rpartition("/")[2])
+    assert {name for name in seen if not schemas[name].get("examples")} == set()
+    assert len(seen) > 15
+    for model in (*ANSWERS, *BODIES):
+        for one in schemas[model.__name__]["examples"]:
+            model.model_validate(one)

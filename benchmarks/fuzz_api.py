@@ -1,0 +1,273 @@
+"""Inputs nobody would think of, against real processes. `make fuzz-api`.
+
+    python -m benchmarks.fuzz_api [equal schema] [--count N] [--seconds S] [--seed S] [--results FILE]
+
+    equal     random prompts and parameters: the blocking answer, the stream and the plain generation loop must agree
+              in every token and character                                                                  100,000
+    schema    schemathesis on /openapi.json, valid and invalid requests: no 5xx, nothing undescribed        1,800 s
+
+`--results` keeps the count of `equal` in a file, so that it can be made in pieces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.catalog import read_model_folder
+from shared.checkpoint import load_model
+from shared.generate import generate
+from shared.model import SmolLM2
+from shared.sampling import SamplingParams
+from shared.tokenizer import Tokenizer
+from tests.e2e.client import Connection
+from tests.e2e.cluster import Cluster
+from tests.tiny import tiny_tokenizer, write_tiny_export
+
+NUM_CLIENTS = 4
+GROUP = 16
+"""Prompts of one request, the most that /v1/completions takes; one of them is asked for by /generate too."""
+NUM_WANTED = 100_000
+SCHEMA_S = 1_800.0
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
+    "response_schema_conformance,negative_data_rejection,unsupported_method,allow_header_conformance"
+)
+PIECES = (
+    *("First Citizen:", "hear me", " ", "\n", "\t\r\n", "\u0000", "\u0085\u2028\u2029", "\ufeff", "\\ud800", '"', "\\"),
+    *(
+        "🙂",
+        "👩‍👩‍👧",
+        "日本語",
+        "naïve",
+        "e\u0301",
+        "\u202e",
+        "\U0010ffff",
+        "ß" * 7,
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|im_start|>",
+    ),
+    *("data: x\n\n", "event: done", "[DONE]", "{}", "null", "12 + 30 =", "def add(", "%s%n", "'; --"),
+)
+STOPS = ("e", " the", "\n", "🙂", "ing ", "日本", "Cit", ".", "al", "\u0000")
+
+
+@dataclass
+class Outcome:
+    """Of `equal`."""
+
+    inputs: int = 0
+    tokens: int = 0
+    stopped: int = 0
+    """That ended by a stop string or an end token."""
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def tiny_service(root: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the URL of an API process with a worker process, and the folder of the model they serve."""
+    folder = write_tiny_export(root / "models").path
+    run = root / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    cluster = Cluster(root, models_dir=root / "models", default_model="tiny", max_queued_jobs=1_000)
+    try:
+        cluster.start_worker()
+        url = cluster.start_api()
+        cluster.wait_until_ready(0)  # /ready tells of a worker for the default model
+        yield url, folder
+    finally:
+        cluster.stop()
+
+
+def draw_body(draw: random.Random) -> dict[str, Any]:
+    """Return a request that can be served."""
+    parts = [draw.choice(PIECES) for _ in range(draw.randint(1, 6))]
+    parts += [chr(draw.choice((draw.randrange(1, 0xD800), draw.randrange(0xE000, 0x110000)))) for _ in range(3)]
+    body: dict[str, Any] = {"prompt": "".join(draw.sample(parts, len(parts)))}
+    body["max_new_tokens"] = draw.choice((1, 2, 3, 5, 8))
+    body["seed"] = draw.randrange(2**63)
+    body["temperature"] = draw.choice((0, 1e-6, 0.3, 0.7, 1, 1.5, 10))
+    optional = {
+        "top_k": draw.choice((0, 1, 5, 100)),
+        "top_p": draw.choice((1e-9, 0.5, 0.95, 1)),
+        "min_p": draw.choice((0, 0.05, 1)),
+        "repetition_penalty": draw.choice((0.5, 1.3, 10)),
+        "presence_penalty": draw.uniform(-2, 2),
+        "frequency_penalty": draw.uniform(-2, 2),
+        "logit_bias": {str(draw.randrange(512)): draw.uniform(-100, 100) for _ in range(draw.randint(0, 3))},
+        "stop": draw.sample(STOPS, draw.randint(0, 3)),
+        "ignore_eos": draw.random() < 0.5,
+    }
+    return body | {name: value for name, value in optional.items() if draw.random() < 0.3}
+
+
+def reference(
+    body: dict[str, Any], model: SmolLM2, tokenizer: Tokenizer, end: tuple[int, ...]
+) -> tuple[list[int], str]:
+    """What the plain loop makes of a request: tokens, and their text before the first stop string that is complete."""
+    names = set(SamplingParams.__dataclass_fields__) & body.keys()
+    sampling = {"temperature": 0.7, "top_p": 0.95} | {name: body[name] for name in names}
+    ids: list[int] = []
+    stops = body.get("stop", [])
+    for token_id in generate(
+        model,
+        tokenizer.encode(body["prompt"]),
+        SamplingParams(**sampling),
+        max_new_tokens=body["max_new_tokens"],
+        end_token_ids=() if body.get("ignore_eos") else end,
+    ):
+        ids.append(token_id)
+        text = tokenizer.decode(ids)
+        ends = [(place + len(stop), -len(stop)) for stop in stops if (place := text.find(stop)) >= 0]
+        if ends:
+            finish, length = min(ends)
+            return ids, text[: finish + length]
+    return ids, tokenizer.decode(ids)
+
+
+async def fuzz_equal(url: str, folder: Path, outcome: Outcome, *, count: int, seed: int, limit_s: float) -> None:
+    """Ask until `count` inputs were compared, or the time is over."""
+    described = read_model_folder(folder)
+    model = load_model(described, device=torch.device("cpu"), dtype=torch.float32)
+    end = tuple(described.end_token_ids)
+    give_up_at = time.monotonic() + limit_s
+    groups = iter(range(outcome.inputs // GROUP, -(-count // GROUP)))
+
+    async def ask() -> None:
+        for group in groups:
+            bodies = draw_group(random.Random(seed * 1_000_003 + group))
+            expected = []
+            for body in bodies:
+                expected.append(reference(body, model, tiny_tokenizer(), end))
+                await asyncio.sleep(0)
+            async with Connection(url) as connection:  # not kept: the next reference may take longer than it lives
+                told = await ask_together(connection, bodies)
+            async with Connection(url) as connection:
+                told.append(await ask_alone(connection, bodies[group % GROUP]))
+            right = [[text for _, text in expected]] * 2 + [[expected[group % GROUP]] * 3]
+            if told != right:
+                outcome.faults.append(json.dumps({"bodies": bodies, "told": told, "expected": right}))
+            outcome.inputs += GROUP
+            outcome.tokens += sum(len(ids) for ids, _ in expected)
+            outcome.stopped += sum(len(ids) < bodies[0]["max_new_tokens"] for ids, _ in expected)
+            if time.monotonic() > give_up_at or len(outcome.faults) > 20:
+                return
+
+    started = time.monotonic()
+    await asyncio.gather(*(ask() for _ in range(NUM_CLIENTS)))
+    outcome.seconds += time.monotonic() - started
+
+
+def draw_group(draw: random.Random) -> list[dict[str, Any]]:
+    """Return requests that differ in prompt and seed alone; the seeds follow each other, as /v1 gives them."""
+    common = draw_body(draw)
+    prompts = [draw_body(draw)["prompt"] for _ in range(GROUP)]
+    return [
+        common | {"prompt": prompt, "seed": (common["seed"] + place) % 2**63} for place, prompt in enumerate(prompts)
+    ]
+
+
+async def ask_together(connection: Connection, bodies: list[dict[str, Any]]) -> list[Any]:
+    """Return all texts as /v1/completions answers them whole, and as it streams them."""
+    body = {"temperature": 0.7, "top_p": 0.95, **bodies[0], "prompt": [one["prompt"] for one in bodies]}
+    body["max_tokens"] = body.pop("max_new_tokens")
+    answer = (await connection.ask("POST", "/v1/completions", body)).json()
+    whole = [choice["text"] for choice in answer.get("choices", [])]
+    await connection.begin("POST", "/v1/completions", body | {"stream": True})
+    streamed = [""] * GROUP
+    async for event in connection.events():
+        for choice in [] if event.data == "[DONE]" else event.data.get("choices", []):
+            streamed[choice["index"]] += choice["text"]
+    return [whole, streamed]
+
+
+async def ask_alone(connection: Connection, body: dict[str, Any]) -> list[Any]:
+    """Return (tokens, text) as /generate answers whole, as it streams them, and as the stream's end says."""
+    answer = (await connection.ask("POST", "/generate", body)).json()
+    await connection.begin("POST", "/generate", body | {"stream": True})
+    events = [event async for event in connection.events()]
+    told = [event.data for event in events if event.name == "token"]
+    streamed = ([token_id for data in told for token_id in data["token_ids"]], "".join(data["text"] for data in told))
+    whole, done = ((said.get("token_ids"), said.get("text")) for said in (answer, events[-1].data))
+    return [whole, streamed, done]
+
+
+def run_schemathesis(url: str, *, seconds: float, max_examples: int, seed: int) -> tuple[int, str]:
+    """Return schemathesis' exit code and what it printed."""
+    command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
+    command += [f"{url}/openapi.json", "--mode", "all", "--phases", "examples,coverage,fuzzing", "--checks", CHECKS]
+    command += ["--max-time", str(round(seconds)), "--max-examples", str(max_examples), "--seed", str(seed)]
+    command += ["--continue-on-failure", "--no-color", "--warnings", "off", "--request-timeout", "60"]
+    with tempfile.TemporaryDirectory() as directory:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=directory, env=os.environ, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+async def statuses(url: str) -> Counter[int]:
+    """How often the API answered with each status since it started."""
+    async with Connection(url) as connection:
+        text = (await connection.ask("GET", "/metrics")).body.decode()
+    found: Counter[int] = Counter()
+    for status, value in re.findall(r'^api_requests_total\{.*status="(\d+)"\} (\S+)$', text, re.MULTILINE):
+        found[int(status)] += round(float(value))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["equal", "schema"], choices=["equal", "schema"])
+    parser.add_argument("--count", type=int, default=NUM_WANTED)
+    parser.add_argument(
+        "--seconds", type=float, default=SCHEMA_S, help="of schema; equal ends when its count is reached"
+    )
+    parser.add_argument("--limit-s", type=float, default=86_400.0, help="of equal")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    is_good = True
+    with tempfile.TemporaryDirectory() as directory, tiny_service(Path(directory)) as (url, folder):
+        if "equal" in options.parts:
+            kept = options.results is not None and options.results.exists()
+            outcome = Outcome(**json.loads(options.results.read_text())) if kept else Outcome()
+            asyncio.run(
+                fuzz_equal(url, folder, outcome, count=options.count, seed=options.seed, limit_s=options.limit_s)
+            )
+            if options.results is not None:
+                options.results.write_text(json.dumps(asdict(outcome)))
+            print(
+                f"equal: {outcome.inputs:,} inputs, {outcome.tokens:,} tokens, {outcome.stopped:,} stopped early, "
+                f"{len(outcome.faults)} differ, {outcome.seconds:.0f} s"
+            )
+            for fault in outcome.faults[:5]:
+                print(f"  {fault[:1_000]}")
+            is_good &= not outcome.faults
+        if "schema" in options.parts:
+            code, text = run_schemathesis(url, seconds=options.seconds, max_examples=1_000, seed=options.seed)
+            print(text[text.find("= FAILURES") :] if code else text[text.find("= SUMMARY") :])
+            is_good &= code == 0
+        print("answers by status:", dict(sorted(asyncio.run(statuses(url)).items())))
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Inputs nobody would think of; `make fuzz-api` tries more of the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.fuzz_api import Outcome, fuzz_equal, run_schemathesis
+from tests.service.api.stack import Api, client_of
+
+
+def test_nothing_the_description_allows_or_forbids_is_a_5xx(whole_api: Api) -> None:
+    """Every route gets its examples, the borders of every field, and a few requests drawn at random, good and bad."""
+    code, text = run_schemathesis(whole_api.url, seconds=20, max_examples=3, seed=1)
+    assert code == 0, text[text.find("= FAILURES") :]
+    with client_of(whole_api) as client:
+        assert client.get("/ready").status_code == 200
+
+
+@pytest.mark.anyio
+async def test_stream_blocking_answer_and_plain_loop_agree(whole_api: Api) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the plain loop's tiny matrices gain nothing from more
+    outcome = Outcome()
+    folder = whole_api.settings.models_dir / "tiny"
+    await fuzz_equal(whole_api.url, folder, outcome, count=64, seed=2, limit_s=60)
+    torch.set_num_threads(threads)
+    assert outcome.faults == [] and outcome.inputs > 0
