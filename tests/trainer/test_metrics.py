@@ -210,7 +210,7 @@ def test_curves_go_to_trackio_where_a_recipe_asks(tmp_path: Path) -> None:
     environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", TRACKED, str(tmp_path)]
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240
     )
     assert result.returncode == 0, result.stderr
     assert "'train/loss': 3.0" in result.stdout
