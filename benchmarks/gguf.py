@@ -21,8 +21,8 @@ from shared.checkpoint import half_tensors, load_export
 from shared.gguf_export import GGUF_KINDS, write_gguf
 from tests.shared.llama_cpp import LlamaCpp
 
-NUM_NEW_TOKENS = 48
-NUM_STRINGS = 1_000
+NUM_NEW_TOKENS = 32
+NUM_STRINGS = 300
 LEAST_AGREEMENT = {"f16": 0.99, "q8_0": 0.95}
 
 
@@ -30,6 +30,7 @@ LEAST_AGREEMENT = {"f16": 0.99, "q8_0": 0.95}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("models/smollm2-135m-instruct"))
+    parser.add_argument("--prompts", type=int, default=20, help="how many, of 1 to 1,000 tokens")
     options = parser.parse_args()
     model, tokenizer = load_export(options.folder, device=torch.device("cpu"), dtype=torch.float32)
     # NUL ends a string for llama.cpp's C interface.
@@ -41,11 +42,11 @@ def main() -> int:
         for kind in GGUF_KINDS:
             path = Path(folder) / f"{kind}.gguf"
             write_gguf(path, half_tensors(model), model.config, tokenizer, name="benchmark", kind=kind)
-            llama = LlamaCpp(path, context=2_048, threads=2)
+            llama = LlamaCpp(path, context=2_048, threads=1)
             same_ids = sum(llama.encode(text) == tokenizer.encode(text) for text in strings)
             equal = total = completions = 0
             worst = 0.0
-            prompt_list = prompts(tokenizer)
+            prompt_list = prompts(tokenizer)[: options.prompts]
             for prompt_ids in prompt_list:
                 tokens = llama.complete(prompt_ids, NUM_NEW_TOKENS)["tokens"]
                 ids = torch.tensor([[*prompt_ids, *tokens]])

@@ -24,7 +24,7 @@ class LlamaCpp:
         request = urllib.request.Request(
             self.server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=300) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
 
