@@ -24,9 +24,7 @@ from service.engine.pace import Pace
 from service.engine.sequence import Sequence
 from shared.catalog import read_model_folder
 from shared.device import choose_device, choose_dtype, choose_num_threads
-from shared.model import SmolLM2
 from shared.sampling import SamplingParams
-from shared.tokenizer import Tokenizer
 
 Answers = list[list[int]]
 
@@ -41,12 +39,11 @@ class EagerPace(Pace):
 class Requests:
     """The same prompts for every way of running them."""
 
-    def __init__(self, model: SmolLM2, tokenizer: Tokenizer, *, num_requests: int, num_tokens: int) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+    def __init__(self, engine: Engine, *, num_requests: int, num_tokens: int) -> None:
+        self.model, self.network, self.tokenizer = engine.model, engine.network, engine.tokenizer
         self.num_tokens = num_tokens
         draw = random.Random(0)
-        text = tokenizer.encode("\n".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))))
+        text = self.tokenizer.encode("\n".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))))
         self.prompts = []
         for _ in range(num_requests):
             start, length = draw.randrange(len(text) - 400), draw.randint(8, 300)
@@ -54,7 +51,7 @@ class Requests:
 
     def engine(self, **values: Any) -> Engine:
         settings = {"num_slots": 32, "max_cached_tokens": 16_384, "speculate": False, "share_prefixes": False}
-        return Engine(self.model, self.tokenizer, **{**settings, **values})
+        return Engine(self.model, self.tokenizer, network=self.network, **{**settings, **values})
 
     def sequence(self, place: int, completion_ids: list[int], prompt_ids: list[int] | None = None) -> Sequence:
         return Sequence(
@@ -103,8 +100,7 @@ def main() -> None:
     host = load_host(
         read_model_folder(options.folder), device=device.value, dtype=dtype.value, num_slots=1, max_cached_tokens=1_024
     )
-    model, tokenizer = host.engine.model, host.engine.tokenizer
-    requests = Requests(model, tokenizer, num_requests=options.requests, num_tokens=options.tokens)
+    requests = Requests(host.engine, num_requests=options.requests, num_tokens=options.tokens)
     alone = requests.run(requests.engine(), at_once=1)
     half = options.tokens // 2
     print(f"{'against each request alone':<44}{'equal':>11}{'per 1,000':>12}{'took':>10}")

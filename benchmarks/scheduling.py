@@ -2,7 +2,8 @@
 
     python -m benchmarks.scheduling [models/smollm2-135m-instruct] [--dtype auto]
 
-Every figure compares two ways of one engine in one process, on the same weights.
+Every figure compares two ways of one engine in one process, on the same weights. `--cpu-time` counts the seconds of one
+thread instead of the wall's: on a machine that others use too, nothing else means anything.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,7 @@ from service.engine.sequence import Sequence
 from shared.catalog import read_model_folder
 from shared.device import choose_device, choose_dtype, choose_num_threads
 from shared.grammar import Grammar, json_grammar
-from shared.model import SmolLM2
 from shared.sampling import SamplingParams
-from shared.tokenizer import Tokenizer
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -43,13 +43,15 @@ SCHEMA: dict[str, Any] = {
 class Bench:
     """Engines over one model."""
 
-    def __init__(self, model: SmolLM2, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+        self.model, self.network, self.tokenizer = engine.model, engine.network, engine.tokenizer
+        self.clock = clock
         self.names = itertools.count()
-        self.text = tokenizer.encode((Path(__file__).parents[1] / "LICENSE").read_text())
+        self.text = self.tokenizer.encode((Path(__file__).parents[1] / "LICENSE").read_text())
 
     def engine(self, **values: Any) -> Engine:
-        engine = Engine(self.model, self.tokenizer, **{"num_slots": 40, "max_cached_tokens": 32_768, **values})
+        values = {"num_slots": 40, "max_cached_tokens": 32_768, **values}
+        engine = Engine(self.model, self.tokenizer, network=self.network, clock=self.clock, **values)
         warm_up(engine)
         return engine
 
@@ -71,12 +73,12 @@ class Bench:
         newcomer = self.sequence(self.text[:1_500], 1)
         if long_prompt:
             engine.add(newcomer)
-        started = last = time.perf_counter()
+        started = last = self.clock()
         gaps: list[float] = []
         first_s = 0.0
         while len(gaps) < 60 or (long_prompt and not first_s):
             outputs = engine.step()
-            now = time.perf_counter()
+            now = self.clock()
             gaps.append(now - last)
             last = now
             if any(output.sequence_id == newcomer.id for output in outputs):
@@ -86,25 +88,25 @@ class Bench:
 
     def answer(self, engine: Engine, sequences: list[Sequence]) -> tuple[float, list[list[int]]]:
         """Run sequences that come together; return the seconds and their tokens."""
-        started = time.perf_counter()
+        started = self.clock()
         answers: dict[str, list[int]] = {sequence.id: [] for sequence in sequences}
         for sequence in sequences:
             engine.add(sequence)
         while engine.has_work:
             for output in engine.step():
                 answers[output.sequence_id] += output.token_ids
-        return time.perf_counter() - started, list(answers.values())
+        return self.clock() - started, list(answers.values())
 
 
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def stalls(bench: Bench) -> None:
+def stalls(bench: Bench, streams: list[int]) -> None:
     print("\nTime between two tokens of a stream while a prompt of 1,500 tokens comes in (must: p99 at most 2x)")
     names = f"{'median':>10}{'p99':>10}{'median with':>13}{'p99 with':>10}{'ratio of p99':>14}{'prompt took':>13}"
     print(f"{'streams':>8}{names}")
-    for num_streams in (1, 8, 32):
+    for num_streams in streams:
         plain, _ = bench.gaps(num_streams, long_prompt=False)
         beside, first_s = bench.gaps(num_streams, long_prompt=True)
         figures = [1_000 * figure for figure in (statistics.median(plain), percentile(plain, 0.99))]
@@ -169,16 +171,16 @@ def guesses(bench: Bench) -> None:
 def grammars(bench: Bench) -> None:
     print("\nJSON by schema: every answer must parse; its cost beside the same tokens without a grammar")
     source = json_grammar(SCHEMA)
-    started = time.perf_counter()
+    started = bench.clock()
     grammar = Grammar(source, bench.tokenizer, end_token_ids=(2,))
-    made_s = time.perf_counter() - started
+    made_s = bench.clock() - started
     masks = []
     for token_id in bench.tokenizer.encode(
         '{"name": "Ada Lovelace", "age": 36, "city": "London", "hobbies": ["mathematics"]}'
     ):
-        started = time.perf_counter()
+        started = bench.clock()
         grammar.allowed()
-        masks.append(time.perf_counter() - started)
+        masks.append(bench.clock() - started)
         grammar.push(token_id)
     print(
         f"grammar made in {1e3 * made_s:.2f} ms; a mask takes {1e6 * statistics.median(masks):.0f} us in the median, "
@@ -218,17 +220,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--only", nargs="*", default=["stalls", "prefixes", "guesses", "grammars"])
     options = parser.parse_args()
     threads, device = choose_num_threads(0), choose_device("auto")
-    torch.set_num_threads(threads.value)
+    num_threads = 1 if options.cpu_time else threads.value
+    torch.set_num_threads(num_threads)
     dtype = choose_dtype(device.value, options.dtype, purpose="serve")
     host = load_host(
         read_model_folder(options.folder), device=device.value, dtype=dtype.value, num_slots=2, max_cached_tokens=1_024
     )
-    print(f"{threads.value} threads, torch {torch.__version__}, {dtype.value}: {describe_choices(host.engine)}")
-    bench = Bench(host.engine.model, host.engine.tokenizer)
-    parts = {"stalls": stalls, "prefixes": prefixes, "guesses": guesses, "grammars": grammars}
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    bench = Bench(host.engine, clock)
+    print(
+        f"{num_threads} threads, torch {torch.__version__}, {dtype.value}: {describe_choices(bench.engine())}",
+        flush=True,
+    )
+    parts = {
+        "stalls": lambda bench: stalls(bench, options.streams),
+        "prefixes": prefixes,
+        "guesses": guesses,
+        "grammars": grammars,
+    }
     for name in options.only:
         parts[name](bench)
 

@@ -7,7 +7,7 @@ The meaning of every parameter is that of transformers' logits processors and vL
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -154,26 +154,35 @@ def sample(
         return []
     others = [place for place, row in enumerate(rows) if not row.is_plain]
     token_ids = likeliest(logits_BV) if len(others) < len(rows) else [0] * len(rows)
-    if others:
-        chosen_BV = logits_BV if len(others) == len(rows) else logits_BV[others]
-        scores_BV = chosen_BV.to("cpu", torch.float32, copy=True).numpy()
-        for place, scores_V in zip(others, scores_BV, strict=True):
-            token_ids[place] = choose(scores_V, rows[place])
+    for place, scores_V in copies(logits_BV, others):
+        token_ids[place] = choose(scores_V, rows[place])
     if logprobs is None or all(count is None for count in logprobs):
         return [SampledToken(token_id) for token_id in token_ids]
     return with_logprobs(logits_BV, token_ids, logprobs)
 
 
+def copies(logits_BV: Tensor, places: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield rows as fp32 vectors to change: from a GPU all in one copy, on a CPU one by one, still in its cache."""
+    if logits_BV.device.type == "cpu":
+        for place in places:
+            yield place, logits_BV[place].detach().to(torch.float32, copy=True).numpy()
+    elif places:
+        scores_BV = logits_BV[places].to("cpu", torch.float32).numpy()
+        yield from zip(places, scores_BV, strict=True)
+
+
 def likeliest(logits_BV: Tensor) -> list[int]:
     """Return each row's likeliest token, the first of equals.
 
-    On a GPU the ids alone leave the device. On a CPU NumPy's search is 15 times as fast as torch's in bfloat16.
+    On a GPU the ids alone leave the device. On a CPU NumPy's search is 15 times as fast as torch's in bfloat16, and a
+    row at a time, which stays in the cache, 3 times as fast as all at once.
     """
     if logits_BV.device.type == "cpu":
-        scores_BV = logits_BV.detach().float().numpy()
-        ids_B = scores_BV.argmax(axis=-1)  # NaN counts as largest
-        check_numbers(bool(np.isfinite(scores_BV[np.arange(len(ids_B)), ids_B]).all()))
-        ids: list[int] = ids_B.tolist()
+        ids: list[int] = []
+        for logits_V in logits_BV.detach():
+            scores_V = logits_V.float().numpy()
+            ids.append(int(scores_V.argmax()))  # NaN counts as largest
+            check_numbers(bool(np.isfinite(scores_V[ids[-1]])))
         return ids
     best = logits_BV.max(dim=-1)
     ids = best.indices.masked_fill(~best.values.isfinite(), -1).tolist()

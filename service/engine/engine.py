@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -66,14 +67,16 @@ class Engine:
         speculate: bool = True,
         share_prefixes: bool = True,
         network: Network | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Serve at most `num_slots` sequences at a time whose prompts and completions fit `max_cached_tokens`.
 
         The chunks bound the prompt tokens of a step (see `Scheduler`); None is the device's own measure, and what the
         steps' own pace allows. `speculate` computes guesses beside the tokens where that saves time; `share_prefixes`
-        copies what prompts have in common. The `network` computes the model's scores;
-        by default the model itself does.
+        copies what prompts have in common. The `network` computes the model's scores; by default the model itself does.
+        `clock` gives seconds.
         """
+        self.clock = clock
         self.model = model
         self.tokenizer = tokenizer
         self.network: Network = network or TorchNetwork(model)
@@ -159,7 +162,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Schedule, forward, sample, stop. Returns what is new of each sequence, an output for each token."""
-        started_s = time.monotonic()
+        started_s = self.clock()
         outputs, self.ended_early = self.ended_early, []
         work = self.scheduler.plan()
         if not work:
@@ -175,7 +178,7 @@ class Engine:
             drawn = self.draw(logits_BV, complete)
         self.totals.num_steps += 1
         self.totals.num_drawn_tokens += len(drawn)
-        seconds = time.monotonic() - started_s
+        seconds = self.clock() - started_s
         self.totals.busy_s += seconds
         somebody_decodes = any(item.span.count - len(item.drafts) == 1 for item in work)
         if somebody_decodes:  # pace is about them
@@ -209,7 +212,7 @@ class Engine:
                 [item.sequence.row for item, _ in live],
                 logprobs=[item.sequence.logprobs for item, _ in live],
             )
-            now_s = time.monotonic()
+            now_s = self.clock()
             still: list[tuple[Work, int]] = []
             for (item, row), token in zip(live, drawn, strict=True):
                 outputs.append(self.accept(item.sequence, token, now_s))
