@@ -136,7 +136,7 @@ def compile_library(level: Level, target: Path) -> None:
     if compiler is None:
         raise KernelsUnavailable(f"there is no C++ compiler here (looked for {', '.join(COMPILERS)})")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".so")
         os.close(handle)
     except OSError as error:

@@ -513,7 +513,8 @@ void smollm_set_tables(Decoder* decoder, uint16_t* embedding, const float* cosin
 
 // `which`: 0 and 1 are the layer's input norm and the one after attention, 2 is the last norm.
 void smollm_set_norm(Decoder* decoder, int layer, int which, const float* weights) {
-    float* to = which == 2 ? decoder->last_norm : which ? decoder->layers[layer].post_norm : decoder->layers[layer].input_norm;
+    Layer& of = decoder->layers[layer];
+    float* to = which == 2 ? decoder->last_norm : which ? of.post_norm : of.input_norm;
     memcpy(to, weights, decoder->shape.hidden_size * sizeof(float));
 }
 

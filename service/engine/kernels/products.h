@@ -59,7 +59,8 @@ inline void shape_tiles(int upper_rows, int lower_rows) {
 
 // `count` rows of `stride` bytes from `inputs` on, by one pair of blocks; the results are floats, or whole numbers.
 template <bool IS_INT8>
-inline void multiply_tiles(const Matrix& matrix, const uint8_t* inputs, int64_t stride, int count, int pair, void* out) {
+inline void multiply_tiles(const Matrix& matrix, const uint8_t* inputs, int64_t stride, int count, int pair,
+                           void* out) {
     const uint8_t* weights = matrix.pair(pair);
     const uint8_t* lower = inputs + BLOCK * stride;
     uint8_t* results = (uint8_t*)out;

@@ -80,7 +80,7 @@ class Team {
         int generation = generation_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
             arrived_.store(0, std::memory_order_relaxed);
-            generation_.store(generation + 1);  // sequentially consistent, as is `sleepers_`: one of the two sees the other
+            generation_.store(generation + 1);  // in one order with `sleepers_`: one of the two sees the other
             if (sleepers_.load()) wake_all(generation_);
             return;
         }
@@ -136,7 +136,8 @@ class Team {
 struct Share {
     int begin, end;
     Share(int count, int thread, int num_threads)
-        : begin((int)((int64_t)count * thread / num_threads)), end((int)((int64_t)count * (thread + 1) / num_threads)) {}
+        : begin((int)((int64_t)count * thread / num_threads)),
+          end((int)((int64_t)count * (thread + 1) / num_threads)) {}
 };
 
 }  // namespace smollm
