@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,22 @@ def test_prefetch_raises_what_making_raised() -> None:
     assert prefetch(0) == 0
     with pytest.raises(ValueError, match="no such step"):
         prefetch(1)
+
+
+@pytest.mark.slow  # compiling takes half a minute
+@pytest.mark.filterwarnings("ignore")  # torch.compile meets warnings of its own, and would stop at each as an error
+def test_compiled_layers_resume_to_the_bit_and_learn_the_same(data: PreparedData) -> None:
+    recipe = load_recipe("smoke", ["compile=on"])
+    one, other = Trainer(recipe, data), Trainer(recipe, data)
+    for _ in range(2):
+        one.train_step()
+    state = copy.deepcopy(one.state())
+    assert not any("_orig_mod" in name for name in state["model"])
+    other.restore(state)
+    results = one.train_step(), other.train_step()
+    assert results[0] is not None
+    assert results[1] is not None
+    assert results[0].loss.item() == results[1].loss.item()
+    weights = dict(other.model.named_parameters())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in one.model.named_parameters())
+    assert results[0].loss.item() == pytest.approx(ends(data)[0][2], rel=1e-5)
