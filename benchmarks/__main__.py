@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("engine", "scheduling", "invariance", "queue", "parity", "train")
+BENCHMARKS = ("serve", "weights", "scheduling", "invariance", "queue", "parity", "train")
 
 
 def main() -> int:

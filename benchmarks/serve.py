@@ -1,0 +1,163 @@
+"""Our engine against what people would use instead, on the same weights, by turns in one run.
+
+    python -m benchmarks.serve [models/smollm2-135m-instruct] [--streams 1 8 32] [--rounds 3] [--plot FILE]
+
+Each engine is a process of its own that waits while another works. Greedy, end tokens ignored, prompts of 16 tokens;
+tokens per second are all new tokens over the wall time, prompts included. "prompt" is the speed at which one prompt of
+512 tokens is read. Best of the rounds: whatever else the machine does only slows down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peers import NAMES
+from shared.device import choose_num_threads
+
+PROMPT, LONG_PROMPT = 16, 512
+PACKAGES = {"llama.cpp": "xllamacpp", "transformers": "transformers"}
+
+
+class Peer:
+    """An engine's process."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.peers", name, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.best: dict[str, float] = {}
+        """Tokens per second, by workload."""
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
+
+    def ask(self, streams: int, prompt: int, tokens: int) -> float:
+        """Return the seconds of one workload."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"streams": streams, "prompt": prompt, "tokens": tokens}) + "\n")
+        self.process.stdin.flush()
+        return float(self.answer()["seconds"])
+
+    def measure(self, workload: str, streams: int, prompt: int, tokens: int, counted: int) -> None:
+        self.best[workload] = max(self.best.get(workload, 0.0), counted / self.ask(streams, prompt, tokens))
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def is_installed(name: str) -> bool:
+    return all(importlib.util.find_spec(package) for peer, package in PACKAGES.items() if name.startswith(peer))
+
+
+def table(peers: list[Peer], workloads: list[str]) -> list[str]:
+    lines = ["| tokens per second | " + " | ".join(workloads) + " |", "|---" * (len(workloads) + 1) + "|"]
+    lines += [
+        f"| {peer.name} | " + " | ".join(f"{peer.best[workload]:,.0f}" for workload in workloads) + " |"
+        for peer in peers
+    ]
+    by_name = {peer.name: peer for peer in peers}
+    for mine, theirs in (("ours", ("llama.cpp F16", "llama.cpp BF16")), ("ours int8", ("llama.cpp Q8_0",))):
+        rivals = [by_name[name] for name in theirs if name in by_name]
+        if mine in by_name and rivals:
+            ratios = [by_name[mine].best[w] / max(rival.best[w] for rival in rivals) for w in workloads]
+            label = f"**{mine} over the best of {', '.join(rival.name for rival in rivals)}**"
+            lines.append(f"| {label} | " + " | ".join(f"**{ratio:.2f}**" for ratio in ratios) + " |")
+    return lines
+
+
+def plot(peers: list[Peer], streams: list[int], path: Path, machine: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for peer in peers:
+        speeds = [peer.best[str(count)] for count in streams]
+        style: dict[str, Any] = {"marker": "o", "linewidth": 2.5 if peer.name.startswith("ours") else 1.2}
+        left.plot(streams, speeds, label=peer.name, **style)
+        right.plot(
+            streams, [1000 * n / speed for n, speed in zip(streams, speeds, strict=True)], label=peer.name, **style
+        )
+    left.set(title="tokens per second, all streams", xlabel="streams", xscale="log", yscale="log")
+    right.set(title="milliseconds between two tokens of a stream", xlabel="streams", xscale="log", yscale="log")
+    for axes in (left, right):
+        axes.set_xticks(streams, [str(count) for count in streams], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.suptitle(f"SmolLM2-135M on {machine}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, default=Path("models/smollm2-135m-instruct"))
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=64, help="new ones of each stream")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engines", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    peers = []
+    machine = f"{choose_num_threads(0).value} cores of {cpu_name()}"
+    versions = [f"torch {torch.__version__}"]
+    versions += [
+        f"{package} {importlib.metadata.version(package)}" for name, package in PACKAGES.items() if is_installed(name)
+    ]
+    print(f"{machine}; {', '.join(versions)}; not run here: vLLM", flush=True)
+    for name in options.engines:
+        if not is_installed(name):
+            print(f"{name}: not installed")
+            continue
+        peer = Peer(name, options.model)
+        peers.append(peer)
+        ready = peer.answer()
+        print(f"{name}: ready in {ready['load_s']:.1f} s; {ready['description']}", flush=True)
+    for peer in peers:
+        peer.ask(2, PROMPT, 4)  # whatever is made at first use
+    workloads = [*map(str, options.streams), "prompt"]
+    for number in range(options.rounds):
+        for streams in options.streams:
+            for peer in peers:
+                peer.measure(str(streams), streams, PROMPT, options.tokens, streams * options.tokens)
+        for peer in peers:
+            peer.measure("prompt", 1, LONG_PROMPT, 1, LONG_PROMPT)
+        print(f"after round {number + 1}:", *table(peers, workloads), sep="\n", flush=True)
+    if options.plot:
+        plot(peers, options.streams, options.plot, machine)
+    for peer in peers:
+        peer.stop()
+
+
+if __name__ == "__main__":
+    main()
