@@ -203,6 +203,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=100, help="of each way to leave, and of the outages")
     parser.add_argument("--disconnects", type=int, default=10_000)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     is_good = True
     for part in options.parts or ("slots", "disconnects", "outage"):
         print(f"{part}:", flush=True)

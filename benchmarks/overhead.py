@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
+import signal
 import statistics
 import sys
 import tempfile
@@ -202,6 +203,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=5.0)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     torch.set_grad_enabled(False)
     parts = options.parts or ("rest", "streams", "null")
     is_good = True

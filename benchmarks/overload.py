@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 import tempfile
 import time
@@ -170,6 +171,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="an export; a tiny one of random weights by default")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     settings: dict[str, Any] = {"num_slots": NUM_SLOTS, "num_threads": 1}
     if options.model:
         settings = {"num_slots": NUM_SLOTS, "models_dir": options.model.parent, "model": options.model.name}

@@ -72,7 +72,11 @@ class Told:
         if self.error is not None or self.done is None:
             return f"it failed: {self.error}"
         assert undisturbed.done is not None
-        for what in ("token_ids", "text", "finish_reason"):
+        if self.done["finish_reason"] != undisturbed.done["finish_reason"]:
+            ids = undisturbed.done["token_ids"]
+            so_far = "right" if self.done["token_ids"] == ids[: len(self.done["token_ids"])] else "wrong"
+            return f"{self.done['finish_reason']} after {len(self.done['token_ids'])} {so_far} tokens"
+        for what in ("token_ids", "text"):
             if self.done[what] != undisturbed.done[what]:
                 return f"{what} of the answer differ"
         if self.token_ids != undisturbed.token_ids or self.text != undisturbed.text:
