@@ -17,7 +17,7 @@ from trainer.train import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What two steps of one micro-batch told."""
+    """What two micro-batches and an update told."""
 
     step_s: float
     """Seconds per whole step, evaluation, samples and saves apart."""
@@ -26,24 +26,28 @@ class Trial:
 
 
 def try_step(config: TrainConfig, data: PreparedData) -> Trial:
-    """Do two updates of one micro-batch on fresh weights, the first to warm up, and one micro-batch without update.
+    """Run one micro-batch twice on fresh weights, the first time to warm up, and update them once.
 
     Raises:
         ConfigError, TokenizerError: the run itself would be refused.
     """
-    trainer = Trainer(config.model_copy(update={"gradient_accumulation_steps": 1}), data)
-    trainer.train_step()
-    update_s = seconds(trainer, trainer.train_step)
+    trainer = Trainer(config, data)
     batch = trainer.batches.batch_at(0)
-    inputs_BT, targets_BT = (trainer.hardware.to_device(array) for array in (batch.inputs_BT, batch.targets_BT))
-    micro_batch_s = seconds(trainer, lambda: trainer.losses(inputs_BT, targets_BT).sum().backward())
+    rows = slice(trainer.micro_batch_size)
+    inputs_BT, targets_BT = (trainer.hardware.to_device(array[rows]) for array in (batch.inputs_BT, batch.targets_BT))
+
+    def micro_batch() -> None:
+        (trainer.losses(inputs_BT, targets_BT).sum() / targets_BT.numel()).backward()
+
+    micro_batch()
+    micro_batch_s = seconds(trainer, micro_batch)
+    update_s = seconds(trainer, trainer.optimizer.step)
     if trainer.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(trainer.device)
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    accumulated = config.gradient_accumulation_steps - 1
-    return Trial(step_s=update_s + accumulated * micro_batch_s, peak_bytes=peak)
+    return Trial(step_s=len(trainer.my_rows) * micro_batch_s + update_s, peak_bytes=peak)
 
 
 def seconds(trainer: Trainer, work: Callable[[], object]) -> float:
