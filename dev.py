@@ -24,9 +24,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pydantic import ValidationError
+
 from frontend.settings import Settings as PageSettings
 from service.queue.local_server import start_redis
-from service.settings import Settings, get_settings
+from service.settings import Settings, explain, get_settings
 from shared.catalog import list_model_folders
 from shared.errors import ConfigError, SmolLMError
 
@@ -321,6 +323,18 @@ COMMANDS = {
 }
 
 
+def get_page_settings() -> PageSettings:
+    """Return the page's settings, which its own process reads again.
+
+    Raises:
+        ConfigError: as `get_settings`.
+    """
+    try:
+        return PageSettings()
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; what the user can mend is one sentence and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -328,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=commands)
     command = parser.parse_args(arguments).command
     try:
-        settings, page = get_settings(), PageSettings()
+        settings, page = get_settings(), get_page_settings()
         if command == "down":
             return down(settings)
         return demo(settings, page) if command == "demo" else up(settings, page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
@@ -9,9 +10,11 @@ BENCHMARKS = ("serve", "weights", "scheduling", "invariance", "queue", "parity",
 
 
 def main() -> int:
-    """Run them all; 1 if any missed a limit of its own."""
+    """Run them; 1 if any missed a limit of its own."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default, in this order: {', '.join(BENCHMARKS)}")
     failed = 0
-    for name in BENCHMARKS:
+    for name in parser.parse_args().names or BENCHMARKS:
         print(f"\n=== python -m benchmarks.{name}", flush=True)
         failed |= subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode != 0
     return failed

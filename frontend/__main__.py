@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import signal
 import socket
@@ -15,7 +16,18 @@ from frontend.settings import Settings, get_settings
 SHUTDOWN_GRACE_S = 2
 
 
+DESCRIPTION = """\
+The web page over the REST API of `python -m service api`. It runs until Ctrl-C or SIGTERM.
+
+  UI_PORT=7870 SMOLLM_API_URL=http://127.0.0.1:8010 python -m frontend
+
+All its settings are environment variables; they stand with their defaults in .env.example."""
+
+
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m frontend", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     # uvicorn handles both while it serves, and raises them again when it is done: that must be a clean end.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

@@ -124,11 +124,12 @@ def build_page(client: ApiClient) -> gr.Blocks:
             seen = json.dumps(known)
             if seen == shown:  # an open list of choices stays open
                 return describe(state), *[gr.skip()] * (1 + len(chosen))
-            *for_text, for_chat = chosen
+            *for_text, for_right, for_chat = chosen
             return (
                 describe(state),
                 seen,
                 *[choose(default_first(known), name) for name in for_text],
+                choose(default_second(known), for_right),
                 choose(chatty(known), for_chat),
             )
 
@@ -143,6 +144,12 @@ def build_page(client: ApiClient) -> gr.Blocks:
 
 def default_first(models: Sequence[Json]) -> list[Json]:
     return sorted(models, key=lambda model: not model["is_default"])
+
+
+def default_second(models: Sequence[Json]) -> list[Json]:
+    """For the other side of a comparison: the default beside itself tells nothing."""
+    ordered = default_first(models)
+    return ordered[1:] + ordered[:1]
 
 
 def chatty(models: Sequence[Json]) -> list[Json]:

@@ -9,8 +9,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
-from pydantic import ValidationError
-
 from service.api_keys import hash_of, new_key
 from service.settings import Settings, get_settings
 from shared.errors import SmolLMError
@@ -53,12 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return make_key()
     try:
         settings = get_settings()
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = str(first["loc"][-1]).upper()
-        name = name if name.startswith(("API_", "OTEL_", "SMOLLM_")) else f"SMOLLM_{name}"
-        print(f"The setting {name} is {first['input']!r}: {first['msg']}.", file=sys.stderr)
-        return 2
+    except SmolLMError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     if options.command == "health":
         return health(settings, must_be_ready=options.ready)
     configure_logging(options.command, style=settings.log_format)

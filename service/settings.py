@@ -6,10 +6,11 @@ import functools
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.api_keys import ApiKey, parse_list
+from shared.errors import ConfigError
 
 
 class Settings(BaseSettings):
@@ -91,5 +92,20 @@ class Settings(BaseSettings):
 
 @functools.cache
 def get_settings() -> Settings:
-    """Return the process's settings."""
-    return Settings()
+    """Return the process's settings.
+
+    Raises:
+        ConfigError: a setting has a value it cannot have; named with the value.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def explain(error: ValidationError) -> str:
+    """Say which setting is wrong, as its environment variable is called."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][-1]).upper()
+    name = name if name.startswith(("API_", "OTEL_", "SMOLLM_", "UI_")) else f"SMOLLM_{name}"
+    return f"The setting {name} is {first['input']!r}: {first['msg']}."

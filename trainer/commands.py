@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from shared.errors import ConfigError
 from shared.files import storage_errors
 from shared.model import SmolLM2
 from trainer import report
-from trainer.config import Directories, PromptSection, TrainConfig
+from trainer.config import NAME_PATTERN, Directories, PromptSection, TrainConfig
 from trainer.evaluate import evaluate as evaluate_model
 from trainer.export import export_model
 from trainer.hardware import Hardware
@@ -195,7 +195,7 @@ def describe_plan(config: TrainConfig, data: PreparedData) -> str:
 
 def checked_name(name: str) -> str:
     """Refuse a run or export name that is a path: it would lead out of its folder."""
-    if not name or Path(name).name != name or name.startswith("."):
+    if not re.fullmatch(NAME_PATTERN, name):
         raise ConfigError(f"{name!r} is no name; use letters, digits, dots, dashes and underscores")
     return name
 

@@ -74,7 +74,10 @@ def validate_stages(stages: Sequence[Stage], num_steps: int, sources: Sequence[s
             raise ConfigError(f"the shares of stage {stage.name!r} sum to {float(total):g}; they must sum to 1")
         expected = stage.end_step
     if expected != num_steps:
-        raise ConfigError(f"the stages end at step {expected} and num_steps is {num_steps}; they must be equal")
+        raise ConfigError(
+            f"the stages end at step {expected} and num_steps is {num_steps}; they must be equal: "
+            "change both, in a copy of the recipe or with --set num_steps=... --set stages=..."
+        )
 
 
 def as_fraction(share: float) -> Fraction:

@@ -131,6 +131,8 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> InvalidValue:
         return InvalidValue(f"The field {name} is missing.", param=name, code="missing_field")
     if fault["type"] == "value_error" and name is None:  # a rule about several fields is a sentence of its own
         return InvalidValue(message)
+    if fault["type"] in ("too_short", "string_too_short") and not fault["input"]:
+        return InvalidValue(f"{name} is empty; send something in it.", param=name, code="empty")
     if fault["type"] in ("too_long", "string_too_long"):
         return InvalidValue(f"{name}: {message}.", param=name)
     return InvalidValue(f"{name or 'body'}: {message}; got {shorten(fault['input'])}.", param=name)
