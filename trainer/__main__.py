@@ -16,7 +16,7 @@ Train a small language model on your own text through a staged curriculum.
   python -m trainer train cpu                     everything: data, training, plots, export to models/cpu
   python -m trainer train original --run mine     the whole SmolLM2-135M; wants a GPU
   python -m trainer train cpu --set learning_rate=1e-3 --run slow     any key of a recipe can be changed, as here
-  python -m trainer train cpu --set num_steps=50 --set 'stages=[{name="A", start_step=0, end_step=50, shares={input=1.0}}]'
+  python -m trainer train cpu --set num_steps=99 --set 'stages=[{name="A",start_step=0,end_step=99,shares={input=1}}]'
   python -m trainer train my_recipe.toml          a recipe of your own: copy one of trainer/recipes/
 
 Put your text into data/input.txt, data/code.txt, data/math.txt, or name it: --text input=books/ --text code='src/*.py'.

@@ -132,10 +132,10 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> InvalidValue:
     if fault["type"] == "value_error" and name is None:  # a rule about several fields is a sentence of its own
         return InvalidValue(message)
     if fault["type"] in ("too_short", "string_too_short") and not fault["input"]:
-        return InvalidValue(f"{name} is empty; send something in it.", param=name, code="empty")
-    if fault["type"] in ("too_long", "string_too_long"):
-        return InvalidValue(f"{name}: {message}.", param=name)
-    return InvalidValue(f"{name or 'body'}: {message}; got {shorten(fault['input'])}.", param=name)
+        message = "it is empty; send something in it"
+    elif fault["type"] not in ("too_long", "string_too_long"):
+        message += f"; got {shorten(fault['input'])}"
+    return InvalidValue(f"{name or 'body'}: {message}.", param=name)
 
 
 def explain_unknown(fault: ErrorDetails, schema: type[BaseModel]) -> InvalidValue:
