@@ -211,10 +211,12 @@ async def ask_alone(connection: Connection, body: dict[str, Any]) -> list[Any]:
     return [whole, streamed, done]
 
 
-def run_schemathesis(url: str, *, seconds: float, max_examples: int, seed: int) -> tuple[int, str]:
+def run_schemathesis(
+    url: str, *, seconds: float, max_examples: int, seed: int, checks: str = CHECKS
+) -> tuple[int, str]:
     """Return schemathesis' exit code and what it printed."""
     command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
-    command += [f"{url}/openapi.json", "--mode", "all", "--phases", "examples,coverage,fuzzing", "--checks", CHECKS]
+    command += [f"{url}/openapi.json", "--mode", "all", "--phases", "examples,coverage,fuzzing", "--checks", checks]
     command += ["--max-time", str(round(seconds)), "--max-examples", str(max_examples), "--seed", str(seed)]
     command += ["--continue-on-failure", "--no-color", "--warnings", "off", "--request-timeout", "60"]
     with tempfile.TemporaryDirectory() as directory:

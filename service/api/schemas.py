@@ -270,7 +270,8 @@ def without_nulls(value: Any) -> Any:
 def refuse_unserved(values: dict[str, Any], unserved: Mapping[str, tuple[object, ...]]) -> dict[str, Any]:
     """Return the values without fields that are not served, if what they say is what happens anyway."""
     for name in unserved.keys() & values.keys():
-        if values[name] not in unserved[name]:
+        value = values[name]
+        if not any(type(value) is type(same) and value == same for same in unserved[name]):  # 0 is not False here
             message = f"{name} is not served here; leave it out."
             raise PydanticCustomError("unserved", "{message}", {"message": message, "field": name})
     return {name: value for name, value in values.items() if name not in unserved}

@@ -10,8 +10,12 @@ from tests.service.api.stack import Api, client_of
 
 
 def test_nothing_the_description_allows_or_forbids_is_a_5xx(whole_api: Api) -> None:
-    """Every route gets its examples, the borders of every field, and a few requests drawn at random, good and bad."""
-    code, text = run_schemathesis(whole_api.url, seconds=20, max_examples=3, seed=1)
+    """Every route gets its examples, the borders of every field, and a few requests drawn at random, good and bad.
+
+    How many fit into the time depends on the machine; `make fuzz-api` also compares every answer with its description.
+    """
+    checks = "not_a_server_error"
+    code, text = run_schemathesis(whole_api.url, seconds=20, max_examples=3, seed=1, checks=checks)
     assert code == 0, text[text.find("= FAILURES") :]
     with client_of(whole_api) as client:
         assert client.get("/ready").status_code == 200

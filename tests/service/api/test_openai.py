@@ -203,6 +203,7 @@ def test_harmless_fields_and_nulls_are_taken(client: httpx2.Client) -> None:
     [
         ("completions", {"suffix": "end"}, "suffix"),
         ("completions", {"best_of": 5}, "best_of"),
+        ("chat/completions", {"parallel_tool_calls": 0}, "parallel_tool_calls"),
         ("completions", {"prompt": ""}, "prompt"),
         ("completions", {"prompt": []}, "prompt"),
         ("completions", {"prompt": [[]]}, "prompt"),
