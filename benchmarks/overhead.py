@@ -94,7 +94,7 @@ async def speed_of_service(url: str, num_tokens: int, *, stream: bool) -> float:
     """Return tokens per second of all streams together, as `engine_speed` does."""
 
     async def one(number: int) -> int:
-        prompt = [(7 * number + place) % 1_000 + 20 for place in range(16)]
+        prompt = f"{number}: once upon a time there was a small village near the sea, and"  # 16 to 18 tokens
         body = {"prompt": prompt, "temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True}
         async with Connection(url) as connection:
             if not stream:
