@@ -1,4 +1,4 @@
-"""Which Redis the tests run on: `--redis-server PATH` instead of the first one found."""
+"""Which Redis the tests run on (`--redis-server PATH` instead of the first one found), and the public weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+INSTRUCT = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,3 +34,11 @@ def pytest_report_header() -> str:
 
     with start_redis() as server, blocking_redis(server.url) as client:
         return f"queue: {check_server(client)} ({server.description})"
+
+
+@pytest.fixture(scope="session")
+def instruct_folder() -> Path:
+    """Public weights, for the tests marked `weights`; everything else is made by tests/tiny.py."""
+    if not (INSTRUCT / "manifest.json").is_file():
+        pytest.skip("models/smollm2-135m-instruct is not there; run `python -m shared.pretrained`")
+    return INSTRUCT

@@ -75,7 +75,6 @@ class Cluster:
             "runs_dir": root / "runs",
             "default_model": model,
             "dtype": steady_dtype(),
-            "kernels": "auto",
             "device": "cpu",
             "num_threads": 1,
             "log_format": "text",
