@@ -146,25 +146,15 @@ async def null(cluster: Cluster, seconds: float, num_clients: int, num_tokens: i
                 jobs += status == 200
 
     urls = list(cluster.apis)
-    before = cpu_s(cluster)
+    before = cluster.cpu_s()
     await asyncio.gather(*(client(urls[number % len(urls)]) for number in range(num_clients)))
-    spent = {name: after - before[name] for name, after in cpu_s(cluster).items()}
+    spent = {name: after - before[name] for name, after in cluster.cpu_s().items()}
     kind = "streaming" if stream else "blocking"
     print(f"null engine, {len(urls)} api x {num_clients} clients, {num_tokens} tokens each, {kind}: ", end="")
     print(
         f"{jobs / seconds:,.0f} requests/s, {tokens / seconds:,.0f} tokens/s; CPU per request in microseconds: ", end=""
     )
     print(", ".join(f"{name} {1e6 * used / jobs:.0f}" for name, used in spent.items()), flush=True)
-
-
-def cpu_s(cluster: Cluster) -> dict[str, float]:
-    import psutil
-
-    redis = cluster.redis.process
-    assert redis is not None
-    found = {"client": psutil.Process(), "redis": psutil.Process(redis.pid)}
-    found |= {f"api{place}": psutil.Process(api.pid) for place, api in enumerate(cluster.apis.values())}
-    return {name: sum(process.cpu_times()[:2]) for name, process in found.items()}
 
 
 def run_null(seconds: float) -> None:

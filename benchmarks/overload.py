@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from service.api_keys import hash_of
+from service.queue import keys
 from tests.e2e.client import Answer, Connection
 from tests.e2e.cluster import MODEL, Cluster
 from tests.e2e.streams import follow
@@ -32,7 +33,7 @@ NUM_SLOTS: Final = 32
 MAX_QUEUED: Final = 32
 TIMES: Final = 20
 FLOOD_JOBS: Final = 500
-NUM_TOKENS: Final = 32
+NUM_TOKENS: Final = 64
 
 
 def body(number: int, **values: Any) -> dict[str, Any]:
@@ -50,45 +51,68 @@ async def generate(url: str, request: dict[str, Any], **headers: str) -> Answer:
         return await connection.ask("POST", "/generate", request, **headers)
 
 
-async def saturate(url: str, seconds: float) -> float:
+def speed_when_full(ends_s: list[float], until_s: float) -> float:
+    """Return tokens per second from the first slots' full round to the last end before `until_s`.
+
+    Jobs that began together end together, so both ends of the interval must be ends of jobs.
+    """
+    ends_s = sorted(end_s for end_s in ends_s if end_s <= until_s)
+    return (len(ends_s) - NUM_SLOTS) * NUM_TOKENS / (ends_s[-1] - ends_s[NUM_SLOTS - 1])
+
+
+async def saturate(cluster: Cluster, seconds: float) -> float:
     """Return tokens per second of a service with all slots taken and somebody waiting."""
-    num_tokens, end_s = 0, time.monotonic() + seconds
-    started_s = time.monotonic()
+    [url] = cluster.apis
+    ends_s: list[float] = []
+    started_s, before = time.monotonic(), cluster.cpu_s()
 
     async def client(number: int) -> None:
-        nonlocal num_tokens
-        while time.monotonic() < end_s:
+        while time.monotonic() < started_s + seconds:
             answer = await generate(url, body(number, seed=1))
             if answer.status == 429:  # all of them came at once, before the worker took the first
                 await asyncio.sleep(0.05)
                 continue
             assert answer.status == 200, answer.body
-            num_tokens += answer.json()["usage"]["completion_tokens"]
+            ends_s.append(time.monotonic() - started_s)
 
     await asyncio.gather(*(client(number) for number in range(NUM_SLOTS + MAX_QUEUED // 2)))
-    return num_tokens / (time.monotonic() - started_s)
+    speed = speed_when_full(ends_s, seconds)
+    print(f"saturated {speed:,.0f} tokens/s, {estimate(cluster):,.0f} by the queue's estimate; ", end="")
+    print(f"CPU {describe_cpu(cluster, before, max(ends_s))}", flush=True)
+    return speed
+
+
+def estimate(cluster: Cluster) -> float:
+    """Return the speed that turns are given by, in tokens per second; it counts prompts as well."""
+    speed = float(cluster.client.hget(keys.COUNTS + cluster.model, "speed") or 0)  # type: ignore[arg-type]
+    job = next(iter(cluster.client.scan_iter(match=keys.JOB + "*", count=1000)))
+    return speed * NUM_TOKENS / float(cluster.client.hget(job, "cost") or 1)  # type: ignore[arg-type]
+
+
+def describe_cpu(cluster: Cluster, before: dict[str, float], seconds: float) -> str:
+    """Say how much of a core each process took, this one (the clients) among them."""
+    return ", ".join(f"{name} {(used - before[name]) / seconds:.0%}" for name, used in cluster.cpu_s().items())
 
 
 async def overload(cluster: Cluster, seconds: float) -> bool:
     [url] = cluster.apis
-    saturated = await saturate(url, seconds)
+    saturated = await saturate(cluster, seconds)
     num_clients = TIMES * (NUM_SLOTS + MAX_QUEUED)
     per_second = TIMES * saturated / NUM_TOKENS
     statuses: Counter[int] = Counter()
     tries: Counter[int] = Counter()
     without_retry_after, waits_s, ends_s = 0, [], []
-    num_tokens = 0
-    started_s = time.monotonic()
+    started_s, before = time.monotonic(), cluster.cpu_s()
 
     async def client(number: int) -> None:
-        nonlocal without_retry_after, num_tokens
+        nonlocal without_retry_after
         await asyncio.sleep(number / per_second)
         for attempt in range(1, 20):
             answer = await generate(url, body(number))
             statuses[answer.status] += 1
             if answer.status == 200:
                 tries[attempt] += 1
-                num_tokens += answer.json()["usage"]["completion_tokens"]
+                assert answer.json()["usage"]["completion_tokens"] == NUM_TOKENS
                 ends_s.append(time.monotonic() - started_s)
                 return
             if answer.retry_after_s is None:
@@ -100,10 +124,11 @@ async def overload(cluster: Cluster, seconds: float) -> bool:
     await asyncio.gather(*(client(number) for number in range(num_clients)))
     # Until the last tenth of the clients: what is left then is no overload any more.
     full_s = share(ends_s, 0.9)
-    goodput = sum(end_s <= full_s for end_s in ends_s) * NUM_TOKENS / full_s
+    goodput = speed_when_full(ends_s, full_s)
     refused = sum(count for attempt, count in tries.items() if attempt > 1)
     at_first = tries[2] / max(1, refused)
-    print(f"saturated {saturated:,.0f} tokens/s; {num_clients} clients at {per_second:,.0f}/s, {TIMES} times that")
+    print(f"{num_clients} clients at {per_second:,.0f}/s, {TIMES} times that; estimate {estimate(cluster):,.0f}; ", end="")
+    print(f"CPU {describe_cpu(cluster, before, max(ends_s))}")
     print(f"statuses {dict(statuses)}; 429 without Retry-After: {without_retry_after}")
     print(f"served at the first try {tries[1]}, first retry {tries[2]}, later {refused - tries[2]}", end="")
     print(f": of those refused {at_first:.1%} at their first retry (limit 90 %)")
@@ -115,9 +140,9 @@ async def overload(cluster: Cluster, seconds: float) -> bool:
     return is_clean and at_first >= 0.9 and goodput >= 0.95 * saturated
 
 
-async def fairness(cluster: Cluster, seconds: float, keys: tuple[str, str]) -> bool:
+async def fairness(cluster: Cluster, seconds: float, api_keys: tuple[str, str]) -> bool:
     [url] = cluster.apis
-    flooding, modest = ({"authorization": f"Bearer {key}"} for key in keys)
+    flooding, modest = ({"authorization": f"Bearer {key}"} for key in api_keys)
 
     async def ask_each_second(first: int) -> list[float]:
         times_s: list[float] = []
@@ -176,8 +201,8 @@ def main() -> int:
     if options.model:
         settings = {"num_slots": NUM_SLOTS, "models_dir": options.model.parent, "model": options.model.name}
         settings |= {"dtype": "auto", "num_threads": 0}
-    keys = ("sk-flooding", "sk-modest")
-    hashes = ",".join(f"sha256:{hash_of(key)}" for key in keys)
+    api_keys = ("sk-flooding", "sk-modest")
+    hashes = ",".join(f"sha256:{hash_of(key)}" for key in api_keys)
     is_good = True
     for part in options.parts or ("overload", "fairness"):
         limits: dict[str, Any] = {"max_queued_jobs": MAX_QUEUED}
@@ -192,7 +217,7 @@ def main() -> int:
                 if part == "overload":
                     is_good &= asyncio.run(overload(cluster, options.seconds))
                 else:
-                    is_good &= asyncio.run(fairness(cluster, options.seconds, keys))
+                    is_good &= asyncio.run(fairness(cluster, options.seconds, api_keys))
             finally:
                 cluster.stop()
     return int(not is_good)

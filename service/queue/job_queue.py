@@ -76,7 +76,7 @@ class JobQueue:
 
         Raises:
             QueueFull: too many jobs or too much cost are waiting, in all or of this key, or its rate is used up;
-                carries `retry_after_s`. Who comes back then finds room: it is kept.
+                carries `retry_after_s`. Who comes back then goes before newcomers.
             NotReady: no live worker serves the model, or Redis is away or out of memory.
             IdempotencyConflict: the same key came with another body.
         """

@@ -10,9 +10,10 @@ same names to the Lua scripts, so no name is written twice.
     PUSH ID            PUBSUB  the same chunks at once; the stream is the truth
     BACKLOG MODEL:CLS  ZSET    queued job -> virtual finish; classes 0 high, 1 normal, 2 batch
     SHARE MODEL:CLS    HASH    fair share: "v" virtual time, "k:KEY" virtual finish of the key's last job
-    COUNTS MODEL       HASH    queued, queued_cost, running, running_cost, speed (cost per second), picks, promised,
-                               broken (when the last promise is due, ms), "k:KEY" queued jobs of a key
-    PROMISES MODEL     ZSET    refused request -> when it was told to come back, ms; room is kept for it then
+    COUNTS MODEL       HASH    queued, queued_cost, running, running_cost, speed (cost per second; mean of `samples`
+                               until `measured`, ms), picks, promised, broken (when the last turn is due, ms),
+                               "k:KEY" queued jobs of a key
+    PROMISES MODEL     ZSET    refused request -> its turn, when it was told to come back, ms
     RATE KEY           HASH    token buckets of a key: "jobs" and "cost" left, "at" which ms
     LEASES MODEL       ZSET    running job -> lease deadline in ms; 0 after a worker handed it over
     BELL MODEL         LIST    one push per admission wakes one idle worker

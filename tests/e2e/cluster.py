@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -150,6 +151,17 @@ class Cluster:
         """Queued and running jobs and their cost, as Redis counts them."""
         found = self.client.hgetall(keys.COUNTS + self.model)
         return {name: int(found.get(name, 0)) for name in ("queued", "queued_cost", "running", "running_cost")}
+
+    def cpu_s(self) -> dict[str, float]:
+        """Seconds of CPU that each process has taken so far; `client` is the one that asks."""
+        import psutil
+
+        redis = self.redis.process
+        assert redis is not None
+        pids = {"client": os.getpid(), "redis": redis.pid}
+        pids |= {f"api{place}": api.pid for place, api in enumerate(self.apis.values())}
+        pids |= {f"worker{place}": worker.pid for place, worker in enumerate(self.workers)}
+        return {name: sum(psutil.Process(pid).cpu_times()[:2]) for name, pid in pids.items()}
 
     def stop(self) -> None:
         """End everything, whatever state it is in."""

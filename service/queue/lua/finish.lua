@@ -4,16 +4,24 @@
 -- ARGV per job: id attempt first last length chunk state reason stop_sequence error prefill_ms cached_tokens
 local now, answers = now_ms(), {}
 
--- Cost served per second: this job's own rate times the jobs that ran beside it (Little's law), smoothed. Those that
--- end in this same step ran beside it too, so they are counted before the first of them is closed.
-local beside = {}
+-- Cost served per second: this job's own rate times the jobs that ran beside it (Little's law). Those that end in this
+-- same step ran beside it too, so they are counted before the first of them is closed. What one stream gets through
+-- says little of what all slots do together: once measured while somebody waited, which is at full speed, only such
+-- samples count. Their mean reaches back half a minute, so that a bad second does not give bad turns.
+local MEMORY_MS, beside = 30000, {}
 local function measure(id, model)
   local job = redis.call('HMGET', JOB .. id, 'cost', 'leased')
-  local counts = redis.call('HMGET', COUNTS .. model, 'running', 'speed')
-  beside[model] = beside[model] or counts[1]
+  local fields = redis.call('HMGET', COUNTS .. model, 'running', 'queued', 'speed', 'samples', 'measured')
+  local speed, samples = tonumber(fields[3] or 0), tonumber(fields[4] or 0)
+  beside[model] = beside[model] or fields[1]
   local sample = job[1] * 1000 / math.max(1, now - job[2]) * beside[model]
-  local speed = tonumber(counts[2] or 0)
-  redis.call('HSET', COUNTS .. model, 'speed', speed > 0 and 0.8 * speed + 0.2 * sample or sample)
+  if tonumber(fields[2] or 0) > 0 then
+    samples = samples * math.exp(((fields[5] or now) - now) / MEMORY_MS) + 1
+    speed = speed + (sample - speed) / samples
+    redis.call('HSET', COUNTS .. model, 'speed', speed, 'samples', samples, 'measured', now)
+  elseif samples == 0 then
+    redis.call('HSET', COUNTS .. model, 'speed', speed > 0 and 0.8 * speed + 0.2 * sample or sample)
+  end
 end
 
 for i = 1, #ARGV, 12 do

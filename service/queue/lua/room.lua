@@ -1,9 +1,9 @@
--- Is there room in the line? Who is refused is told when to come back, and room is kept for it then: else whoever
--- asks at the right moment gets what somebody else was told to wait for, and obeying `Retry-After` is for fools.
--- Promises are as far apart as the service needs for one such job. Nobody has to come, so room is kept only for those
--- due within AHEAD_MS and for GRACE_MS after, never more than half of the line; and a quarter while anything is
--- promised at all, so that those who come a little early or late do not find it full.
-local AHEAD_MS, GRACE_MS, EARLY_MS, MOST_MS, MOST_PROMISES = 2000, 4000, 250, 600000, 20000
+-- Is there room in the line? Who is refused gets a turn: a time to come back, one job's worth of the measured speed
+-- behind the turn given before. A turn is a place in time, not a seat: a seat kept empty for somebody who is still on
+-- the way is a slot that idles later. What a turn is worth: while there are any, newcomers leave a quarter of the line
+-- free, and for those whose turn has come the line may be twice as long. So who obeys `Retry-After` finds room,
+-- who hammers does not take it, and whoever is there is served.
+local GRACE_MS, EARLY_MS, MOST_MS, MOST_PROMISES = 10000, 250, 600000, 20000
 
 -- Returns nil when the job fits, else the milliseconds until it should be tried again (0: the speed is unknown).
 local function no_room(model, who, cost, counts, max_jobs, max_cost, now)
@@ -11,28 +11,30 @@ local function no_room(model, who, cost, counts, max_jobs, max_cost, now)
   redis.call('ZREMRANGEBYSCORE', promises, '-inf', now - GRACE_MS)
   local due = tonumber(redis.call('ZSCORE', promises, who) or 0)
   local returns = due > 0 and due <= now + EARLY_MS
-  local num_promises, held, spare = redis.call('ZCARD', promises), 0, math.floor(max_jobs / 4)
-  if num_promises > 0 and not returns then
-    local num_due = redis.call('ZCOUNT', promises, '-inf', now + AHEAD_MS)
-    held = math.max(spare, math.min(num_due, math.floor(max_jobs / 2)))
+  local num_promises, spare = redis.call('ZCARD', promises), math.floor(max_jobs / 4)
+  local most_jobs, most_cost = max_jobs, max_cost
+  if returns then
+    most_jobs, most_cost = 2 * max_jobs, 2 * max_cost
+  elseif num_promises > 0 then
+    most_jobs, most_cost = max_jobs - spare, max_cost * 0.75
   end
-  local held_cost = math.min(held * cost, max_cost / 2)
-  if counts.queued + held + 1 <= max_jobs and counts.queued_cost + held_cost + cost <= max_cost then
+  if counts.queued + 1 <= most_jobs and counts.queued_cost + cost <= most_cost then
     redis.call('ZREM', promises, who)
     return nil
   end
   if due > now + EARLY_MS then
-    return due - now -- it came too early; its time stands
+    return due - now -- it came too early; its turn stands
   end
   if counts.speed <= 0 then
     return 0
   end
-  local apart = cost / counts.speed * 1000
-  local line, first = 'promised', math.min(spare, counts.queued_cost / cost) * apart
+  local apart, line = cost / counts.speed * 1000, 'promised'
+  -- The first turn comes when as much was served as leaves newcomers their part of the line.
+  local ahead = math.max(counts.queued - (max_jobs - spare), (counts.queued_cost + cost - max_cost * 0.75) / cost, 0)
   if returns then -- its promise was broken, the service is slower than it was: such have a line of their own
-    line, first = 'broken', 0
+    line, ahead = 'broken', 0
   end
-  local next_due = math.max(now + first, counts[line]) + apart
+  local next_due = math.max(now + ahead * apart, counts[line]) + apart
   if next_due - now <= MOST_MS and num_promises < MOST_PROMISES then
     redis.call('ZADD', promises, next_due, who)
     redis.call('PEXPIRE', promises, MOST_MS + GRACE_MS)

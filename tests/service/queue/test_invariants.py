@@ -46,6 +46,16 @@ class Known:
     tokens: list[int] = field(default_factory=list)
 
 
+def room_for(who: str, turns: dict[str, float], now_ms: int) -> tuple[int, float]:
+    """Return the jobs and tokens that may wait once this one does."""
+    turns = {one: due for one, due in turns.items() if due > now_ms - 10_000}
+    if turns.get(who, float("inf")) <= now_ms + 250:
+        return 2 * LIMITS.max_queued_jobs, 2 * LIMITS.max_queued_tokens
+    if turns:
+        return LIMITS.max_queued_jobs - LIMITS.max_queued_jobs // 4, 0.75 * LIMITS.max_queued_tokens
+    return LIMITS.max_queued_jobs, LIMITS.max_queued_tokens
+
+
 class QueueMachine(RuleBasedStateMachine):
     """Hands hold leases that workers believe in; some of them are zombies."""
 
@@ -76,11 +86,14 @@ class QueueMachine(RuleBasedStateMachine):
     def admit(self, size: int, key: str, priority: int, watched: bool) -> None:
         queued = [job for job in self.jobs.values() if job.state is JobState.QUEUED]
         cost = size + 2
-        fits = len(queued) < LIMITS.max_queued_jobs and sum(job.cost for job in queued) + cost <= 200
         has_its_share = [self.jobs[job].key for job in self.ids(JobState.QUEUED)].count(key) < MAX_OF_KEY
-        promised = {who: due for who, due in self.promises().items() if due > self.now_ms() - 4_000}
         asked = request(max_new_tokens=size)
-        is_due = promised.get(fingerprint(asked, key), float("inf")) <= self.now_ms()
+        turns, asked_ms = self.promises(), self.now_ms()
+
+        def fits(at_ms: int) -> bool:
+            num_jobs, num_tokens = room_for(fingerprint(asked, key), turns, at_ms)
+            return len(queued) < num_jobs and sum(job.cost for job in queued) + cost <= num_tokens
+
         try:
             admission = self.runner.run(
                 self.queue.admit(
@@ -94,9 +107,10 @@ class QueueMachine(RuleBasedStateMachine):
             )
         except QueueFull as refusal:
             assert refusal.retry_after_s
-            assert not has_its_share if refusal.code_name == "key_queue_full" else not fits or (promised and not is_due)
+            is_full = refusal.code_name == "queue_full"
+            assert not (fits(asked_ms) and fits(self.now_ms())) if is_full else not has_its_share
             return
-        assert fits and has_its_share
+        assert (fits(asked_ms) or fits(self.now_ms())) and has_its_share, "a turn may come in between"
         self.jobs[admission.id] = Known(cost, key)
 
     @precondition(lambda self: self.promises())

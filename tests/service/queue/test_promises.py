@@ -9,7 +9,8 @@ import pytest
 from service.api_keys import ApiKey
 from service.errors import QueueFull
 from service.queue import keys
-from tests.service.queue.conftest import MODEL, Bench, with_limits
+from service.queue.job import Finish
+from tests.service.queue.conftest import MODEL, Bench, chunk, with_limits
 
 pytestmark = pytest.mark.anyio
 
@@ -23,6 +24,12 @@ async def refused(bench: Bench, **values: Any) -> QueueFull:
 
 def promises(bench: Bench) -> list[str]:
     return [str(who) for who in bench.client.zrange(keys.PROMISES + MODEL, 0, -1)]
+
+
+def come_due(bench: Bench, *, ago_ms: int = 0) -> None:
+    """Everybody's turn has come, or came so long ago."""
+    now_ms = bench.client.time()[0] * 1000
+    bench.client.zadd(keys.PROMISES + MODEL, dict.fromkeys(promises(bench), now_ms - ago_ms))
 
 
 def entitled(**limits: Any) -> ApiKey:
@@ -71,18 +78,67 @@ async def test_who_comes_back_in_time_goes_before_newcomers(full: Bench) -> None
     assert (await refused(full, prompt_ids=(9, 9))).retry_after_s
 
 
-async def test_room_is_not_kept_for_ever_nor_more_than_half_of_it(full: Bench) -> None:
+async def test_no_seat_stands_empty_for_who_is_still_on_the_way(full: Bench) -> None:
     for number in range(10):
         await refused(full, prompt_ids=(1, number))
-    now_ms = full.client.time()[0] * 1000
-    promised = promises(full)
-    full.client.zadd(keys.PROMISES + MODEL, dict.fromkeys(promised, now_ms))
-    full.take(num_slots=3)
-    await full.admit(prompt_ids=(8, 8))  # two of four are kept, one waits, and this is the second
+    full.take(num_slots=2)
+    await full.admit(prompt_ids=(8, 8))  # a quarter of four is left to those who come back, and no more
     await refused(full, prompt_ids=(9, 9))
-    full.client.zadd(keys.PROMISES + MODEL, dict.fromkeys(promised, now_ms - 10_000))
+
+
+async def test_for_those_whose_turn_has_come_the_line_may_be_twice_as_long(full: Bench) -> None:
+    for number in range(6):
+        await refused(full, prompt_ids=(1, number))
+    come_due(full)
+    for number in range(4):
+        await full.admit(prompt_ids=(1, number))
+    broken = [(await refused(full, prompt_ids=(1, number))).retry_after_s for number in (4, 5)]
+    assert broken == [pytest.approx(1.5, abs=0.2), pytest.approx(3, abs=0.2)], "they have a line of their own"
+    assert (await refused(full, prompt_ids=(9, 9))).retry_after_s
+
+
+async def test_that_holds_for_cost_as_well(full: Bench) -> None:
+    with_limits(full, max_queued_jobs=100, max_queued_tokens=60)
+    await full.admit(prompt_ids=(1, 1))
+    waits = [(await refused(full, prompt_ids=(1, number))).retry_after_s for number in range(2, 10)]
+    assert waits == [pytest.approx(1.5 * (place + 2.25), abs=0.2) for place in range(1, 9)]
+    full.take(num_slots=2)
+    await refused(full, prompt_ids=(8, 8), max_new_tokens=18)  # a quarter of the tokens is left to them
+    come_due(full)
+    for number in range(2, 9):
+        await full.admit(prompt_ids=(1, number))
+    await refused(full, prompt_ids=(1, 9))
+
+
+async def test_turns_that_nobody_took_are_forgotten(full: Bench) -> None:
+    await refused(full)
+    come_due(full, ago_ms=11_000)
+    full.take()
     await full.admit(prompt_ids=(9, 9))
     assert not full.client.exists(keys.PROMISES + MODEL)
+
+
+async def test_speed_is_that_of_the_full_service(bench: Bench) -> None:
+    with_limits(bench, lease_ms=60_000)
+
+    async def end_one(ran_s: float) -> float:
+        """A job of cost 12 ran alone for so long."""
+        [job] = bench.take()
+        bench.client.hincrbyfloat(keys.JOB + job.id, "leased", -1000 * ran_s)
+        bench.workers["worker"].finish(job, Finish(reason="length"), chunk=chunk(0, 5))
+        return (await bench.queue.statistics())[MODEL].tokens_per_second or 0.0
+
+    await bench.admit()
+    assert await end_one(12) == pytest.approx(1, rel=0.01), "nothing better is known"
+    await bench.admit()
+    await bench.admit()
+    assert await end_one(1) == pytest.approx(12, rel=0.01), "somebody waits: this is what it can do"
+    assert await end_one(12) == pytest.approx(12, rel=0.01), "nobody waits: a lone stream is no measure"
+    for _ in range(3):
+        await bench.admit()
+    assert await end_one(2) == pytest.approx(9, rel=0.01), "the mean"
+    bench.client.hincrbyfloat(keys.COUNTS + MODEL, "measured", -300_000)
+    assert await end_one(12) == pytest.approx(1, rel=0.01), "of the last half minute"
 
 
 async def test_rate_of_jobs(bench: Bench) -> None:
