@@ -84,9 +84,9 @@ async def saturate(cluster: Cluster, seconds: float) -> float:
 
 def estimate(cluster: Cluster) -> float:
     """Return the speed that turns are given by, in tokens per second; it counts prompts as well."""
-    speed = float(cluster.client.hget(keys.COUNTS + cluster.model, "speed") or 0)  # type: ignore[arg-type]
+    speed = float(cluster.client.hget(keys.COUNTS + cluster.model, "speed") or 0)
     job = next(iter(cluster.client.scan_iter(match=keys.JOB + "*", count=1000)))
-    return speed * NUM_TOKENS / float(cluster.client.hget(job, "cost") or 1)  # type: ignore[arg-type]
+    return speed * NUM_TOKENS / float(cluster.client.hget(job, "cost") or 1)
 
 
 def describe_cpu(cluster: Cluster, before: dict[str, float], seconds: float) -> str:
@@ -127,7 +127,9 @@ async def overload(cluster: Cluster, seconds: float) -> bool:
     goodput = speed_when_full(ends_s, full_s)
     refused = sum(count for attempt, count in tries.items() if attempt > 1)
     at_first = tries[2] / max(1, refused)
-    print(f"{num_clients} clients at {per_second:,.0f}/s, {TIMES} times that; estimate {estimate(cluster):,.0f}; ", end="")
+    print(
+        f"{num_clients} clients at {per_second:,.0f}/s, {TIMES} times that; estimate {estimate(cluster):,.0f}; ", end=""
+    )
     print(f"CPU {describe_cpu(cluster, before, max(ends_s))}")
     print(f"statuses {dict(statuses)}; 429 without Retry-After: {without_retry_after}")
     print(f"served at the first try {tries[1]}, first retry {tries[2]}, later {refused - tries[2]}", end="")

@@ -110,7 +110,9 @@ def test_without_retries_it_is_the_package_s_rate_limit_error(narrow: Api, worke
         fill(client, worker)
         for stream in (False, True):
             with pytest.raises(openai.RateLimitError) as refused:
-                sdk.completions.create(model="tiny", prompt="ab"[stream], stream=stream)  # else it came back in its turn
+                sdk.completions.create(
+                    model="tiny", prompt="ab"[stream], stream=stream
+                )  # else it came back in its turn
             assert refused.value.code == "queue_full" and float(refused.value.response.headers["retry-after"]) >= 1
         worker.takes.set()
 
