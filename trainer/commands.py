@@ -15,8 +15,10 @@ from shared.files import storage_errors
 from shared.model import SmolLM2
 from trainer import report
 from trainer.config import NAME_PATTERN, Directories, PromptSection, TrainConfig
+from trainer.corpus.files import named_paths
 from trainer.evaluate import evaluate as evaluate_model
 from trainer.export import export_model
+from trainer.finished import already_finished
 from trainer.hardware import Hardware
 from trainer.plan import describe_needs, describe_trial
 from trainer.plan import plan as make_plan
@@ -50,11 +52,9 @@ def prepare(options: Options) -> list[str]:
     """Bring the text and turn it into tokens."""
     show_messages()
     config = load_recipe(options.recipe, options.overrides)
-    data = prepare_data(config.data, Directories())
-    return [
-        f"{source}: {len(tokens.train):,} tokens to train on, {len(tokens.held_out):,} held out"
-        for source, tokens in data.token_files.items()
-    ]
+    tokens = prepare_data(config.data, Directories()).token_files.values()
+    train, held_out = (sum(len(getattr(file, part)) for file in tokens) for part in ("train", "held_out"))
+    return [f"{train:,} tokens to train on and {held_out:,} held out, of {len(tokens)} sources"]
 
 
 def plan(options: Options) -> list[str]:
@@ -70,6 +70,8 @@ def plan(options: Options) -> list[str]:
 def train(options: Options) -> list[str]:
     """Prepare, plan, train or resume, plot, export."""
     config = load_recipe(options.recipe, options.overrides)
+    for source, patterns in config.data.files.items():  # before a run of that name is compared with the recipe
+        named_paths(source, patterns)
     directories = Directories()
     if options.dry_run:
         show_messages()
@@ -99,6 +101,10 @@ def lead(
             if changes:
                 log.say(f"the recipe has changed since the last checkpoint: {', '.join(changes)}")
             data = processes.in_turn(lambda: prepare_data(config.data, directories))
+            done = already_finished(folder, config, data_hash=data.data_hash, models_dir=directories.models_dir)
+            if done and processes.is_alone:
+                log.say(done)
+                return
             log.say(describe_plan(config, data))
             run = Run(config, data, folder, models_dir=directories.models_dir, log=log, processes=processes)
             run.to_the_end()

@@ -136,12 +136,13 @@ class Clock:
 
     @contextmanager
     def apart(self, what: str) -> Iterator[None]:
-        """Count the block's time under `what`, not as training."""
-        start = time.perf_counter()
+        """Count the block's time under `what`, not as training; a block within another is its own only."""
+        start, apart_before = time.perf_counter(), self.apart_since_mark
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
+            within = self.apart_since_mark - apart_before
+            spent = time.perf_counter() - start - within
             self.apart_since_mark += spent
             self.apart_s[what] = self.apart_s.get(what, 0.0) + spent
 

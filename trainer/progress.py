@@ -62,6 +62,31 @@ class Progress:
             )
 
 
+class Pace:
+    """Speed and time left of a training, counted from the end of its first step: that one also compiles."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, float, float]] = []
+
+    def note(self, step: int, *, total_s: float, training_s: float) -> None:
+        """Take down that a step is done: the clock's wall time, and its part spent on training."""
+        self.steps[1:] = [(step, total_s, training_s)]
+
+    def time_left(self, num_steps: int) -> float | None:
+        """Seconds until the last step, evaluations and saves included; None after the first step."""
+        if len(self.steps) < 2:
+            return None
+        (first, began, _), (last, now, _) = self.steps
+        return (now - began) / (last - first) * (num_steps - last)
+
+    def steps_per_second(self) -> float | None:
+        """Of training alone; None after the first step."""
+        if len(self.steps) < 2:
+            return None
+        (first, _, began), (last, _, now) = self.steps
+        return (last - first) / max(now - began, 1e-9)
+
+
 def duration(seconds: float) -> str:
     """4:05 or 1:02:09."""
     minutes, whole = divmod(round(seconds), 60)

@@ -17,7 +17,8 @@ class ProgressLines:
 
     row: Mapping[str, Any]
     num_steps: int
-    eta_s: float
+    eta_s: float | None
+    """None while nothing but the first step is known, which also compiles."""
 
     def plain(self) -> str:
         """Where it is, how it learns and from what, how fast."""
@@ -26,8 +27,11 @@ class ProgressLines:
         return (
             f"step {row['step']:>{len(str(num_steps))}}/{num_steps} {row['step'] / num_steps:4.0%} | {row['stage']} | "
             f"loss {row['loss']:.3f} ({sources}) | lr {row['learning_rate']:.2e} | |g| {row['grad_norm']:.2f} | "
-            f"{row['tokens_per_second']:,.0f} tok/s | MFU {mfu_text(row)} | ETA {duration(self.eta_s)}"
+            f"{row['tokens_per_second']:,.0f} tok/s | MFU {mfu_text(row)} | ETA {self.time_left()}"
         )
+
+    def time_left(self) -> str:
+        return "--:--" if self.eta_s is None else duration(self.eta_s)
 
     def live(self, width: int) -> str:
         """The same within `width` columns: what matters least leaves first where it is narrow."""
@@ -43,13 +47,20 @@ class ProgressLines:
             (f"lr {row['learning_rate']:.1e}", 6),
             (f"{row['tokens_per_second']:,.0f} tok/s", 1),
             (f"MFU {mfu_text(row)}", 7),
-            (f"{duration(self.eta_s)} left", 0),
+            (f"{self.time_left()} left", 0),
         ]
         for staying in range(7, -1, -1):
             line = "  ".join(text for text, leaves in parts if leaves <= staying)
             if len(line) < width:
                 break
         return line[: max(0, width - 1)]
+
+
+def sign_of_life(step: int, num_steps: int, *, tokens_per_second: float | None, eta_s: float | None) -> str:
+    """A line between two logged steps that are far apart."""
+    if tokens_per_second is None or eta_s is None:
+        return f"step {step}/{num_steps} done, the next one is under way"
+    return f"step {step}/{num_steps} {step / num_steps:.0%} | {tokens_per_second:,.0f} tok/s | ETA {duration(eta_s)}"
 
 
 BAR_CELLS = 16
@@ -167,6 +178,8 @@ def samples_text(step: int, rows: Sequence[Mapping[str, Any]]) -> str:
 def time_summary(*, total_s: float, training_s: float, apart_s: Mapping[str, float], num_tokens: int) -> str:
     """Where the wall time of this process went, and the speed over all of it."""
     apart = ", ".join(f"{what} {duration(seconds)}" for what, seconds in apart_s.items()) or "nothing else"
+    if not num_tokens:
+        return f"wall time {duration(total_s)}: {apart}; no step was left to train"
     return (
         f"wall time {duration(total_s)}: training {duration(training_s)}, {apart}; {num_tokens:,} tokens, "
         f"{num_tokens / training_s:,.0f} tok/s while training, {num_tokens / total_s:,.0f} tok/s over all of it"

@@ -20,8 +20,9 @@ from trainer.optimizer import describe_groups
 from trainer.plot import plot_run
 from trainer.prepare import PreparedData
 from trainer.processes import Command, Processes
+from trainer.progress import Pace
 from trainer.run_folder import RunFolder
-from trainer.run_log import RunLog
+from trainer.run_log import PLAIN_PROGRESS_EVERY_S, RunLog
 from trainer.sample import sample_texts
 from trainer.saver import Saver
 from trainer.signals import StopRequest
@@ -76,6 +77,7 @@ class Run:
         tracker = Tracker(config.track, run=folder.name, settings=config.model_dump(mode="json", exclude_none=True))
         self.metrics = Metrics(folder, resume_step=self.trainer.step, tracker=tracker)
         self.clock = Clock()
+        self.pace = Pace()
 
     @property
     def step(self) -> int:
@@ -136,17 +138,32 @@ class Run:
         if self.processes.tell(Command.STEP):
             stop.ask()
         # Processes that share a step cannot give it up one by one.
-        result = self.trainer.train_step(lambda: stop.is_urgent and self.processes.is_alone)
+        result = self.trainer.train_step(lambda: self.gives_up(stop))
         if result is None:
             return
+        self.pace.note(self.step, total_s=self.clock.total_s, training_s=self.clock.training_s)
         self.shares_drawn.add(result.source_tokens_S)
         is_logged = self.step == 1 or self.is_due(self.config.log_every)  # the first tells a person that it runs
+        if self.step == self.first_step + 1 and not is_logged:  # the same, and no row an undisturbed run would not have
+            self.show_life()
         if not (is_logged or self.owes_evaluation() or self.owes_samples() or self.owes_save() or stop.requested):
             return
         if not self.trainer.is_healthy():
             self.roll_back()
         elif is_logged:
             self.record_step(result)
+
+    def gives_up(self, stop: StopRequest) -> bool:
+        """Between the passes of a step: break a long silence, and say whether to leave the step undone."""
+        if self.log.silent_s >= PLAIN_PROGRESS_EVERY_S:
+            self.show_life()
+        return stop.is_urgent and self.processes.is_alone
+
+    def show_life(self) -> None:
+        """Say how far and how fast, between two rows."""
+        rate, left = self.pace.steps_per_second(), self.pace.time_left(self.config.num_steps)
+        speed = None if rate is None else rate * self.config.tokens_per_step
+        self.log.progress(report.sign_of_life(self.step, self.config.num_steps, tokens_per_second=speed, eta_s=left))
 
     # What is due
 
@@ -197,7 +214,7 @@ class Run:
             "tokens": self.step * self.config.tokens_per_step,
         }
         self.metrics.train(row)
-        eta_s = self.clock.total_s / max(1, self.step - self.first_step) * (self.config.num_steps - self.step)
+        eta_s = self.pace.time_left(self.config.num_steps)
         lines = report.ProgressLines(row, num_steps=self.config.num_steps, eta_s=eta_s)
         self.log.progress(lines.plain(), lines.live)
 
@@ -306,6 +323,7 @@ class Run:
         self.saver.best = self.checkpoints.best()
         self.saved_step = self.logged_step = self.step
         self.metrics.rewind(self.step)
+        self.pace = Pace()
         self.record_run("running")
         if self.sick_at is not None and sick <= self.sick_at:
             raise ConfigError(

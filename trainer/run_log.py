@@ -25,6 +25,7 @@ class RunLog:
 
     def __init__(self, path: Path, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
+        self.spoke_at = time.monotonic()
         self.logger = logging.getLogger("trainer")
         with storage_errors(path):
             self.file_handler = logging.FileHandler(path, encoding="utf-8")
@@ -46,6 +47,12 @@ class RunLog:
     def say(self, text: str) -> None:
         """Write to both; several lines stay together."""
         self.logger.info(text)
+        self.spoke_at = time.monotonic()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since it said anything."""
+        return time.monotonic() - self.spoke_at
 
     def progress(self, text: str, live: Callable[[int], str] | None = None) -> None:
         """Write a line of progress: to the file always, to the console as it can bear.
@@ -55,6 +62,7 @@ class RunLog:
         """
         self.to_file(text)
         self.console_handler.progress(text, live)
+        self.spoke_at = time.monotonic()
 
     def to_file(self, text: str) -> None:
         self.file_handler.handle(self.logger.makeRecord("trainer", logging.INFO, "", 0, text, (), None))

@@ -59,11 +59,28 @@ def test_dry_run_prints_the_plan_and_trains_nothing(here: Path, capsys: pytest.C
 
 def test_prepare_and_plan(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "smoke"]) == 0
-    assert "tokens to train on" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert shown.out.count("tokens to train on") == 1 and "of 3 sources" in shown.out
     assert main(["plan", "smoke"]) == 0
     text = capsys.readouterr().out
     for words in ("epochs", "repeats", "memory:", "disk:", "s per step", "for 20 steps"):
         assert words in text
+
+
+def test_a_finished_run_says_so_and_does_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = here / "models" / "smoke" / "manifest.json"
+    before = export.stat().st_mtime_ns
+    assert main(["train", "smoke"]) == 0
+    said = capsys.readouterr().err
+    for words in (
+        "'smoke' is finished: step 20 of 20",
+        f"exported to {export.parent}",
+        "--accept-changes",
+        "--run NAME",
+    ):
+        assert words in said
+    assert "tok/s" not in said and "resuming" not in said
+    assert export.stat().st_mtime_ns == before
 
 
 def test_evaluate_sample_plot_export(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +106,7 @@ def test_evaluate_sample_plot_export(here: Path, capsys: pytest.CaptureFixture[s
         (["train", "smoke", "--run", "gpu", "--set", "device=cuda:99"], ["cuda:99"]),
         (["train", "smoke", "--run", "big", "--set", "model.vocab_size=49152"], ["49,152", "320"]),
         (["train", "smoke", "--run", "few", "--set", "data.max_epochs=0.01"], ["max_epochs"]),
+        (["train", "smoke", "--text", "code=nowhere/x.py"], ["'code'", "nowhere/x.py leads to no text file"]),
         (["evaluate", "nothing"], ["there is no run 'nothing'", "smoke"]),
         (["export", "smoke", "--checkpoint", "7"], ["checkpoint '7' is not there", "last, best"]),
         (["sample", "smoke", "--temperature", "-1"], ["temperature"]),

@@ -49,6 +49,19 @@ def test_evaluation_and_saves_do_not_count_as_training(monkeypatch: pytest.Monke
     assert clock.apart_s == {"evaluation": 5, "saves": 2}
 
 
+def test_a_save_within_an_evaluation_is_taken_off_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Clock()
+    now[0] += 3
+    with clock.apart("evaluation"):
+        now[0] += 5
+        with clock.apart("saves"):
+            now[0] += 2
+    assert clock.lap() == 3
+    assert clock.apart_s == {"evaluation": 5, "saves": 2}
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (65.4, "1:05"), (3_729, "1:02:09")])
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -145,6 +158,11 @@ def test_a_line_of_the_log_holds_everything() -> None:
         "ETA 4:05",
     ):
         assert words in LINES.plain()
+
+
+def test_no_time_left_is_told_while_only_the_first_step_is_known() -> None:
+    first = ProgressLines(train_row(1), num_steps=1_000, eta_s=None)
+    assert first.plain().endswith("ETA --:--") and first.live(200).endswith("--:-- left")
 
 
 def test_a_live_line_fits_its_terminal_and_keeps_what_matters() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -60,6 +61,15 @@ def root(tmp_path: Path) -> Path:
 def log(root: Path) -> Iterator[RunLog]:
     with RunLog(root / "runs" / "smoke" / "training.log", io.StringIO()) as log:
         yield log
+
+
+def test_a_long_silence_is_broken_by_a_line(root: Path, log: RunLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.run.PLAIN_PROGRESS_EVERY_S", 0.0)
+    run = open_run(root, log, "log_every=20")
+    assert run.to_the_end() == "finished"
+    lines = (root / "runs" / "smoke" / "training.log").read_text()
+    assert "step 0/20 done, the next one is under way" in lines
+    assert re.search(r"step 3/20 15% \| [\d,]+ tok/s \| ETA \d", lines)
 
 
 # What a run leaves behind

@@ -47,10 +47,23 @@ class FileText:
 
 
 def named_files(source: str, patterns: Sequence[str]) -> FileText:
-    """Return the files that some paths, folders and globs stand for, each once, in the order given, then by name.
+    """Return the text of a source that some paths, folders and globs stand for; says what it is.
 
     Raises:
         DataError: one of them leads to no file, or to an empty one.
+    """
+    paths = named_paths(source, patterns)
+    others = f"{len(paths):,} files of " if len(paths) > 1 else ""
+    text = FileText(source, paths, others + ", ".join(patterns))
+    log.info("%s: %s (%s bytes), as data.files says", source, text.origin, f"{text.num_bytes:,}")
+    return text
+
+
+def named_paths(source: str, patterns: Sequence[str]) -> tuple[Path, ...]:
+    """Return the files, each once, in the order of the patterns, then by name.
+
+    Raises:
+        DataError: as `named_files`.
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
@@ -61,10 +74,7 @@ def named_files(source: str, patterns: Sequence[str]) -> FileText:
     for path in paths:
         if path.stat().st_size == 0 and len(paths) == 1:
             raise DataError(f"{path} is empty: fill it, or take it out of data.files")
-    origin = ", ".join(patterns) if len(paths) == 1 else f"{len(paths):,} files of {', '.join(patterns)}"
-    text = FileText(source, tuple(paths), origin)
-    log.info("%s: %s (%s bytes), as data.files says", source, text.origin, f"{text.num_bytes:,}")
-    return text
+    return tuple(paths)
 
 
 def files_of(path: Path) -> list[Path]:
