@@ -153,7 +153,7 @@ def default_second(models: Sequence[Json]) -> list[Json]:
 
 
 def chatty(models: Sequence[Json]) -> list[Json]:
-    """Models that know turns. One trained here knows them by form only: those that were brought come first."""
+    """Models that know turns; those that were brought, and so surely taught on chats, come first."""
     knowing = [model for model in models if model["has_chat_template"]]
     return sorted(knowing, key=lambda model: bool(model["owned_by"] == "trained here"))
 

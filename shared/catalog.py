@@ -26,6 +26,9 @@ SAFETENSORS_NAME = "model.safetensors"
 FULL_SIZE_PT_NAME = "final_smollm2_135m_half.pt"
 FULL_SIZE_PARAMETERS = 134_515_008
 
+CHECK_RECIPE = "smoke"
+"""A run of this recipe checks an installation; nobody wants its answers."""
+
 Signature = tuple[tuple[str, int, int, int], ...]
 
 
@@ -229,12 +232,17 @@ def read_cached(path: Path) -> ModelFolder | SmolLMError:
 
 
 def choose_default_model(folders: Mapping[str, ModelFolder], preferred: str | None) -> tuple[str | None, str]:
-    """Return the model that answers a request naming none, and the reason."""
+    """Return the model that answers a request naming none, and the reason.
+
+    What the recipe `smoke` made is served, and is the default only where there is nothing else.
+    """
     if preferred in folders:
         return preferred, "named in the settings"
     note = f"{preferred} is not there; " if preferred else ""
     if not folders:
         return None, f"{note}there is no model yet"
+    meant = {name: folder for name, folder in folders.items() if folder.manifest.get("recipe") != CHECK_RECIPE}
+    folders = meant or folders
     # ISO dates of one time zone sort as text.
     dated = sorted((folder for folder in folders.values() if folder.created_at), key=lambda it: it.created_at or "")
     trained = [folder for folder in dated if folder.trained_here]

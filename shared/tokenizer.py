@@ -180,6 +180,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
 
+    def without_chat_template(self) -> Tokenizer:
+        """The same ids for a network that was never trained on chats: nobody is to take its answers for turns."""
+        settings = {key: value for key, value in self.settings.items() if key != "chat_template"}
+        return Tokenizer(self.backend, settings)
+
     def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """Write a conversation out as the model was taught to read it.
 

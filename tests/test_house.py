@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from benchmarks.__main__ import USUAL, benchmarks
 from service.errors import RequestError
 from tests.env_example import env_example
 from trainer.config import TrainConfig
@@ -111,6 +112,13 @@ def test_commands_in_the_documents_exist(document: str) -> None:
     for module in re.findall(r"python -m ((?:shared|trainer|service|frontend|tests|benchmarks)[\w.]*)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def test_every_benchmark_is_listed_with_a_sentence() -> None:
+    known = benchmarks()
+    assert set(USUAL) < set(known)
+    assert all(known.values()), known
+    assert {"serve", "prepare", "gguf", "overload", "prove_queue"} <= set(known)
 
 
 def test_the_tree_in_the_readme_is_true() -> None:

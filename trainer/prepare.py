@@ -142,15 +142,19 @@ class Work:
         return self._surveys[text.source]
 
     def trained_tokenizer(self, vocab_size: int) -> Tokenizer:
-        """Return the BPE of these texts, trained now or by an earlier run on the same texts."""
+        """Return the BPE of these texts, trained now or by an earlier run on the same texts.
+
+        It has no chat template: what is trained from scratch on plain text has never seen a chat.
+        """
         folder = self.output_dir / TOKENIZER_FOLDER
         note = folder / "trained_on.json"
-        wanted = {"vocab_size": vocab_size, "texts": self.identities}
+        wanted = {"vocab_size": vocab_size, "texts": self.identities, "chat_template": False}
         if note.is_file() and json.loads(note.read_bytes()) == wanted:
             return Tokenizer.from_folder(folder)
         samples = [sample_documents(text, self.survey(text)) for text in self.texts]
         log.info("training a tokenizer of %s ids", f"{vocab_size:,}")
-        tokenizer = Tokenizer.train((document for sample in samples for document in sample), vocab_size=vocab_size)
+        documents = (document for sample in samples for document in sample)
+        tokenizer = Tokenizer.train(documents, vocab_size=vocab_size).without_chat_template()
         with atomic_folder(folder) as new:
             tokenizer.save(new)
             (new / note.name).write_text(json.dumps(wanted))

@@ -83,6 +83,4 @@ def find_tokenizer(which: str, models_dir: Path) -> Tokenizer | None:
     if not (folder / "tokenizer.json").is_file():
         logger.info("SmolLM2's tokenizer comes with its public weights; bringing %s", PUBLIC_TOKENIZER)
         bring(PUBLIC_TOKENIZER, models_dir)
-    tokenizer = Tokenizer.from_folder(folder)
-    settings = {key: value for key, value in tokenizer.settings.items() if key != "chat_template"}
-    return Tokenizer(tokenizer.backend, settings)
+    return Tokenizer.from_folder(folder).without_chat_template()

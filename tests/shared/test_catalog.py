@@ -159,7 +159,7 @@ def test_an_unreadable_folder_is_left_out(tmp_path: Path) -> None:
     path.chmod(0o755)
 
 
-def model(name: str, created_at: str | None, trained_here: bool) -> ModelFolder:
+def model(name: str, created_at: str | None, trained_here: bool, recipe: str = "cpu") -> ModelFolder:
     return ModelFolder(
         name=name,
         path=Path(name),
@@ -170,7 +170,7 @@ def model(name: str, created_at: str | None, trained_here: bool) -> ModelFolder:
         created_at=created_at,
         trained_here=trained_here,
         end_token_ids=(0,),
-        manifest={},
+        manifest={"recipe": recipe},
     )
 
 
@@ -188,3 +188,11 @@ def test_the_default_is_the_newest_trained_here() -> None:
     assert choose_default_model({"a": models[0], "public": models[3]}, None) == ("public", "the newest one")
     assert choose_default_model({"b": models[0], "a": models[0]}, None) == ("a", "the first by name")
     assert choose_default_model({}, None) == (None, "there is no model yet")
+
+
+def test_a_check_of_the_installation_does_not_become_the_default() -> None:
+    public = model("public", "2026-03-01T00:00:00+00:00", False)
+    smoke = model("smoke", "2026-04-01T00:00:00+00:00", True, recipe="smoke")
+    assert choose_default_model({"public": public, "smoke": smoke}, None) == ("public", "the newest one")
+    assert choose_default_model({"public": public, "smoke": smoke}, "smoke") == ("smoke", "named in the settings")
+    assert choose_default_model({"smoke": smoke}, None) == ("smoke", "the newest one trained here")

@@ -202,6 +202,7 @@ def test_a_new_tokenizer_is_trained_once_per_text(data_dir: Path) -> None:
     mark = (data_dir / "tokens" / "tokenizer" / "tokenizer.json").stat().st_mtime_ns
     assert prepared(data_dir, tokenizer=None, vocab_size=300).tokenizer.sha256 == first.tokenizer.sha256
     assert (data_dir / "tokens" / "tokenizer" / "tokenizer.json").stat().st_mtime_ns == mark
+    assert not load_prepared(data_dir / "tokens").tokenizer.has_chat_template  # no chat was ever trained on
 
 
 def test_only_blank_lines_are_no_text(data_dir: Path) -> None:
