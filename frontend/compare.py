@@ -24,8 +24,8 @@ class Side:
     """One of the two answers."""
 
     model: gr.Dropdown
-    status: gr.HTML
     answer: gr.Textbox
+    status: gr.HTML
 
 
 def build_compare(client: ApiClient, stops: Stops) -> list[gr.Dropdown]:
@@ -67,11 +67,12 @@ def build_side(name: str) -> Side:
     with gr.Column(min_width=320):
         return Side(
             model=gr.Dropdown([], label="Model", elem_id=f"compare-model-{name}"),
-            status=gr.HTML(notice("Nothing generated yet."), elem_id=f"compare-status-{name}", padding=False),
             answer=gr.Textbox(
                 label="Answer", lines=12, max_lines=12, interactive=False, buttons=["copy"],
                 elem_id=f"compare-answer-{name}", elem_classes="answer",
             ),
+            # Below, so that the answers stand side by side whatever there is to say of one of them.
+            status=gr.HTML(notice("Nothing generated yet."), elem_id=f"compare-status-{name}", padding=False),
         )  # fmt: skip
 
 

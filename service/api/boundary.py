@@ -28,6 +28,8 @@ BODY_TIMEOUT_S = 30.0
 """From the request's headers to the end of its body, which is at most `max_body_bytes`."""
 PROBES = frozenset(("/live", "/ready", "/health", "/metrics"))
 """Asked every few seconds; the log is not told."""
+WATCHED = frozenset(("/v1/models", "/runs", "/runs/{name}/metrics", "/runs/{name}/samples"))
+"""Asked every few seconds by an open page; the log is told of refusals only."""
 
 
 class Boundary:
@@ -135,7 +137,8 @@ class Boundary:
             state.metrics.refusals.labels(refusal).inc()
             if "key" in told:
                 state.metrics.key_refusals.labels(told["key"], refusal).inc()
-        level = logging.DEBUG if route in PROBES else logging.INFO
+        is_polled = route in PROBES or (route in WATCHED and status < 400)
+        level = logging.DEBUG if is_polled else logging.INFO
         if log.isEnabledFor(level):
             log.log(
                 level,

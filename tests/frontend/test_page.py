@@ -235,6 +235,8 @@ def test_two_models_answer_side_by_side_with_one_seed(page: Page, stack: Stack) 
         expect(fact(page, "Model", place=f"#compare-status-{side}").locator("dd")).to_contain_text(f"{model} @")
     seeds = {value_of(page, "Seed", place=f"#compare-status-{side}") for side in ("left", "right")}
     assert len(seeds) == 1
+    tops = {(page.locator(f"#compare-answer-{side}").bounding_box() or {})["y"] for side in ("left", "right")}
+    assert len(tops) == 1
 
 
 def test_a_run_is_plotted_and_its_export_is_offered_without_a_restart(page: Page, stack: Stack) -> None:
