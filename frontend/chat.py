@@ -14,6 +14,10 @@ from frontend.client import ApiClient, Json
 from frontend.controls import parse_seed
 from frontend.markup import notice
 
+PLACEHOLDER = "Message"
+PLACEHOLDER_BACK = f"() => ({{__type__: 'update', placeholder: '{PLACEHOLDER}'}})"
+"""Runs in the browser: one more request for every token would be a waste."""
+
 
 def build_chat(client: ApiClient) -> gr.Dropdown:
     """Lay out the tab; returns the model choice for whoever keeps it fresh."""
@@ -52,7 +56,7 @@ def build_chat(client: ApiClient) -> gr.Dropdown:
                     placeholder="Ask something. The model keeps to the conversation above.",
                 ),
                 textbox=gr.Textbox(
-                    placeholder="Message", show_label=False, lines=1, max_lines=8, submit_btn=True, stop_btn=True,
+                    placeholder=PLACEHOLDER, show_label=False, lines=1, max_lines=8, submit_btn=True, stop_btn=True,
                     elem_id="chat-message",
                 ),
                 additional_inputs=[model, system, limit, temperature, top_p, seed],
@@ -63,6 +67,8 @@ def build_chat(client: ApiClient) -> gr.Dropdown:
                 autofocus=False,
                 fill_height=False,
             )  # fmt: skip
+            # ChatInterface empties the placeholder with every message and never brings it back.
+            status.change(None, js=PLACEHOLDER_BACK, outputs=chat.textbox, show_progress="hidden")
             chat.textbox.stop(lambda: notice("Stopped."), outputs=status, show_progress="hidden")
         panel.render()
     return model
