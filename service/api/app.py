@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from service.api import generate, jobs, openai, runs, status, tgi, tokens
@@ -38,12 +39,13 @@ def create_app(settings: Settings, *, tracer: Tracer | None = None) -> FastAPI:
         finally:
             await state.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # FastAPI's own /docs is blank without the internet: it loads Swagger UI from a CDN
         title="SmolLM2 curriculum service",
         version=version(),
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        static_url="/docs/assets",
     )
     if settings.cors_origins:
         app.add_middleware(

@@ -86,7 +86,11 @@ def test_open_streams_are_counted(client: httpx2.Client, worker: ScriptedWorker)
 
 def test_the_description_is_whole(client: httpx2.Client) -> None:
     description = client.get("/openapi.json").json()
-    assert client.get("/docs").status_code == 200
+    for route in ("/docs", "/redoc"):
+        page = client.get(route).raise_for_status().text
+        addresses = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+        assert addresses and all(address.startswith("/docs/assets/") for address in addresses)
+        assert all(client.get(address).status_code == 200 for address in addresses)
     for path, methods in {
         "/generate": {"post"},
         "/jobs/{job_id}": {"get", "delete"},
