@@ -300,6 +300,7 @@ def down(settings: Settings) -> int:
     except (OSError, ValueError):
         say(f"no stack runs on API_PORT {settings.api_port}")
         return 0
+    say(f"stopping: answers that are being written have up to {STOP_GRACE_S:g} s")
     deadline = time.monotonic() + STOP_GRACE_S + 5
     while path.exists() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,14 +54,22 @@ def loss_plot(rows: Sequence[Row], stages: Iterable[Row]) -> LossPlot:
     legend = list(colours.items())
     losses = [loss for points in lines.values() for _, loss in points]
     last_step = max((step for points in lines.values() for step, _ in points), default=0)
+    low, high = round_limits(losses) if losses else (0.0, 0.0)
     for stage in stages:
         if losses and 0 < stage["start_step"] <= last_step:
             name = f"{stage['name']} begins"
-            lines[name] = [(stage["start_step"], min(losses)), (stage["start_step"], max(losses))]
+            lines[name] = [(stage["start_step"], low), (stage["start_step"], high)]
             colours[name] = STAGE_COLOUR
     if len(lines) > len(legend):
         legend.append(("a stage begins", STAGE_COLOUR))
     return LossPlot(frame_of(lines, "loss"), colours, legend)
+
+
+def round_limits(values: Sequence[float]) -> tuple[float, float]:
+    """The round numbers below and above: there Vega ends its axis, so lines between them cross the whole plot."""
+    low, high = min(values), max(values)
+    step = 10 ** math.floor(math.log10(max(high - low, 1e-6)))
+    return math.floor(low / step) * step, math.ceil(high / step) * step
 
 
 def losses_by_source(rows: Iterable[Row]) -> tuple[dict[str, list[Point]], dict[str, list[Point]]]:
