@@ -111,20 +111,27 @@ async def speed_of_service(url: str, num_tokens: int, *, stream: bool) -> float:
 
 async def streams(cluster: Cluster, host: Host, rounds: int, num_tokens: int) -> bool:
     [url] = cluster.apis
-    engine, streaming, blocking = [], [], []
+    speeds: dict[str, list[float]] = {"engine": [], "streaming": [], "blocking": []}
+    cpu_us: dict[str, list[dict[str, float]]] = {"streaming": [], "blocking": []}
     for _ in range(rounds):
-        engine.append(engine_speed(host, NUM_STREAMS, num_tokens))
-        streaming.append(await speed_of_service(url, num_tokens, stream=True))
-        blocking.append(await speed_of_service(url, num_tokens, stream=False))
-    middle = statistics.median(engine)
-    print(
-        f"tokens/s of {NUM_STREAMS} streams of {num_tokens} tokens, median of {rounds} in turn: engine {middle:.0f}",
-        end="",
-    )
-    for name, speeds in (("streaming", streaming), ("blocking", blocking)):
-        print(f"   {name} {statistics.median(speeds):.0f} ({statistics.median(speeds) / middle:.1%})", end="")
-    print("   limit 95 %", flush=True)
-    return min(statistics.median(streaming), statistics.median(blocking)) >= 0.95 * middle
+        speeds["engine"].append(engine_speed(host, NUM_STREAMS, num_tokens))
+        for kind, used in cpu_us.items():
+            before = cluster.cpu_s()
+            speeds[kind].append(await speed_of_service(url, num_tokens, stream=kind == "streaming"))
+            total = NUM_STREAMS * num_tokens
+            used.append({name: 1e6 * (after - before[name]) / total for name, after in cluster.cpu_s().items()})
+    middle = {name: statistics.median(values) for name, values in speeds.items()}
+    print(f"tokens/s of {NUM_STREAMS} streams of {num_tokens} tokens, {rounds} rounds in turn, median (range):")
+    for name, values in speeds.items():
+        print(f"  {name:10} {middle[name]:.0f} ({min(values):.0f} to {max(values):.0f})", end="")
+        if name != "engine":
+            costs = {part: statistics.median(used[part] for used in cpu_us[name]) for part in cpu_us[name][0]}
+            around = sum(cost for part, cost in costs.items() if not part.startswith("worker"))
+            print(f"  {middle[name] / middle['engine']:.1%} (limit 95 %); CPU us a token: ", end="")
+            print(", ".join(f"{part} {cost:.0f}" for part, cost in costs.items()), end="")
+            print(f"; all but the worker {around * middle['engine'] / 2e4:.1f} % of two cores at the engine's speed", end="")
+        print(flush=True)
+    return min(middle["streaming"], middle["blocking"]) >= 0.95 * middle["engine"]
 
 
 async def null(cluster: Cluster, seconds: float, num_clients: int, num_tokens: int, *, stream: bool) -> None:

@@ -41,6 +41,14 @@ class StopWatch:
         else:
             self.num_later_tokens += len(chunk.token_ids)
 
+    def note_whole(self, job: JobRecord) -> None:
+        """Of an answer that passed as a whole Redis' clock knows, in whole milliseconds."""
+        if job.first_token_ms is None or job.finished_ms is None:
+            return
+        self.first_token_s = self.started_s + max(0, job.first_token_ms - job.created_ms) / 1000
+        self.last_token_s = self.started_s + max(0, job.finished_ms - job.created_ms) / 1000
+        self.num_later_tokens = max(0, len(job.completion.token_ids) - 1)
+
 
 class ApiMetrics:
     """What one API process counts. A registry of its own, so that several apps can live in one process."""

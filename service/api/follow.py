@@ -42,13 +42,9 @@ async def wait_for(request: Request, state: ApiState, jobs: Sequence[Accepted]) 
 
 
 async def wait_for_one(state: ApiState, job: Accepted) -> JobRecord:
-    async with contextlib.aclosing(state.streams.follow(job.id)) as events:
-        async for event in events:
-            if isinstance(event, Chunk):
-                job.watch.note(event)
-            elif isinstance(event, Ended):
-                return event.record
-    raise AssertionError("a stream ends with Ended or raises")
+    record = await state.streams.wait(job.id)
+    job.watch.note_whole(record)
+    return record
 
 
 async def cancel(state: ApiState, jobs: Sequence[Accepted]) -> None:

@@ -8,6 +8,7 @@ same names to the Lua scripts, so no name is written twice.
     TOKENS ID          STREAM  chunks, explicit id "<end index>-0", fields c (chunk JSON) and o (characters before it);
                                last entry "<n + 1>-0" with field e (state), and c when text without a token remained
     PUSH ID            PUBSUB  the same chunks at once; the stream is the truth
+    END ID             PUBSUB  its end, for those who wait for the whole answer
     BACKLOG MODEL:CLS  ZSET    queued job -> virtual finish; classes 0 high, 1 normal, 2 batch
     SHARE MODEL:CLS    HASH    fair share: "v" virtual time, "k:KEY" virtual finish of the key's last job
     COUNTS MODEL       HASH    queued, queued_cost, running, running_cost, speed (cost per second; mean of `samples`
@@ -47,6 +48,7 @@ PREFIX: Final = "{smollm}:"
 JOB: Final = PREFIX + "job:"
 TOKENS: Final = PREFIX + "tokens:"
 PUSH: Final = PREFIX + "push:"
+END: Final = PREFIX + "end:"
 BACKLOG: Final = PREFIX + "backlog:"
 SHARE: Final = PREFIX + "share:"
 COUNTS: Final = PREFIX + "counts:"

@@ -31,6 +31,8 @@ OUTAGE_PATIENCE_S: Final = 30.0
 """A stream outlives Redis being away for this long."""
 OUTAGE_POLL_S: Final = 0.1
 END_MESSAGE: Final = "end"
+BEHIND_ALL: Final = 2**40
+"""A cursor behind any token."""
 
 
 class TokenStreams:
@@ -57,10 +59,8 @@ class TokenStreams:
         num_characters: int | None = None
         place: QueuedEvent | None = None
         with self._watching(job_id, watch):
-            if watch and not (self._queue is not None and self._queue.admitted(job_id)):
-                # Its first listener is gone, perhaps with its process: time until the job counts as nobody's runs on.
-                with contextlib.suppress(NotReady):
-                    await self._scripts.run("touch", keys.WATCH_MS, job_id)
+            if watch:
+                await self._say_who_listens(job_id)
             async with self._push.listen(keys.PUSH + job_id, timeout_s=SUBSCRIBE_S) as inbox:
                 while True:
                     state, standing, entries = await self._peek(job_id, cursor)
@@ -69,11 +69,7 @@ class TokenStreams:
                             yield _behind(cursor, num_characters, chunk, offset)
                             cursor, num_characters = chunk.cursor, offset + len(chunk.text)
                     if JobState(state).is_final:
-                        record = read_record(job_id, (standing, (), entries))
-                        assert record is not None
-                        if self._queue is not None:
-                            self._queue.forget(job_id)
-                        yield Ended(record=record)
+                        yield Ended(record=self._ended(job_id, standing, entries))
                         return
                     if state == JobState.QUEUED:
                         position, eta_s = read_place(standing)
@@ -91,12 +87,19 @@ class TokenStreams:
                         cursor, num_characters = chunk.cursor, offset + len(chunk.text)
 
     async def wait(self, job_id: str, *, watch: bool = True) -> JobRecord:
-        """Return the job once it ended."""
-        async with contextlib.aclosing(self.follow(job_id, watch=watch)) as events:
-            async for event in events:
-                if isinstance(event, Ended):
-                    return event.record
-        raise AssertionError("a stream ends with Ended or raises")
+        """Return the job once it ended; raises as `follow`.
+
+        Whoever wants the whole answer hears of its end alone, so waiting costs the same however long the answer is.
+        """
+        with self._watching(job_id, watch):
+            if watch:
+                await self._say_who_listens(job_id)
+            async with self._push.listen(keys.END + job_id, timeout_s=SUBSCRIBE_S) as inbox:
+                while True:
+                    state, fields, entries = await self._peek(job_id, BEHIND_ALL)
+                    if JobState(state).is_final:
+                        return self._ended(job_id, fields, entries)
+                    await inbox.get(POLL_S)
 
     async def aclose(self) -> None:
         """Stop the background tasks."""
@@ -120,6 +123,19 @@ class TokenStreams:
                 raise NotFound(f"There is no job {job_id!r}, or its result was kept long enough and is gone.")
             state, standing, entries = reply
             return state, standing, entries
+
+    def _ended(self, job_id: str, fields: Any, entries: Any) -> JobRecord:
+        record = read_record(job_id, (fields, (), entries))
+        assert record is not None
+        if self._queue is not None:
+            self._queue.forget(job_id)
+        return record
+
+    async def _say_who_listens(self, job_id: str) -> None:
+        """Its first listener may be gone with its process: time until the job counts as nobody's runs on."""
+        if self._queue is None or not self._queue.admitted(job_id):
+            with contextlib.suppress(NotReady):
+                await self._scripts.run("touch", keys.WATCH_MS, job_id)
 
     @contextlib.contextmanager
     def _watching(self, job_id: str, watch: bool) -> Iterator[None]:

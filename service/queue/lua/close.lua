@@ -34,6 +34,7 @@ local function close(id, state, reason, now, details, tail)
     redis.call('XADD', stream, (n + 1) .. '-0', 'e', state)
   end
   redis.call('PUBLISH', PUSH .. id, 'end')
+  redis.call('PUBLISH', END .. id, 'end')
   redis.call('PEXPIRE', key, keep)
   redis.call('PEXPIRE', stream, keep)
 end

@@ -33,7 +33,8 @@ async def start(bench: Bench) -> LeasedJob:
 
 
 def listeners(bench: Bench, job_id: str) -> int:
-    return dict(bench.client.pubsub_numsub(keys.PUSH + job_id))[keys.PUSH + job_id]
+    channels = (keys.PUSH + job_id, keys.END + job_id)
+    return sum(number for _, number in bench.client.pubsub_numsub(*channels))
 
 
 async def test_follower_sees_everything_from_the_queue_to_the_end(bench: Bench) -> None:
@@ -162,6 +163,17 @@ async def test_cancel_ends_the_stream(bench: Bench) -> None:
         await wait_until_async(lambda: listeners(bench, job_id))  # noqa: B023
         await bench.queue.cancel(job_id)
         assert (await follower).state is JobState.CANCELLED
+
+
+async def test_who_waits_for_the_whole_hears_of_its_end_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "POLL_S", 60)
+    job = await start(bench)
+    wait = asyncio.create_task(bench.streams.wait(job.id))
+    await wait_until_async(lambda: listeners(bench, job.id))
+    assert bench.client.pubsub_numsub(keys.PUSH + job.id) == [(keys.PUSH + job.id, 0)]
+    bench.workers["worker"].append([(job, chunk(0, 5))])
+    bench.workers["worker"].finish(job, DONE, chunk=chunk(1, 6))
+    assert (await asyncio.wait_for(wait, 60)).completion.token_ids == (5, 6)
 
 
 async def test_unknown_job_is_not_found(bench: Bench) -> None:
