@@ -129,7 +129,10 @@ async def streams(cluster: Cluster, host: Host, rounds: int, num_tokens: int) ->
             around = sum(cost for part, cost in costs.items() if not part.startswith("worker"))
             print(f"  {middle[name] / middle['engine']:.1%} (limit 95 %); CPU us a token: ", end="")
             print(", ".join(f"{part} {cost:.0f}" for part, cost in costs.items()), end="")
-            print(f"; all but the worker {around * middle['engine'] / 2e4:.1f} % of two cores at the engine's speed", end="")
+            print(
+                f"; all but the worker {around * middle['engine'] / 2e4:.1f} % of two cores at the engine's speed",
+                end="",
+            )
         print(flush=True)
     return min(middle["streaming"], middle["blocking"]) >= 0.95 * middle["engine"]
 

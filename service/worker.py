@@ -42,6 +42,8 @@ IDLE_WAIT_S = 0.25
 """How long an idle worker sleeps at most before it looks for new models, lost workers' jobs, and SIGTERM."""
 CANCELS_EVERY_S = 0.02
 ANY_COST = 2**31
+SLOTS_PER_SPARE = 32
+"""One slot of so many is not for an API key that has more than half of what runs: others begin at once."""
 
 
 @dataclass(slots=True)
@@ -134,7 +136,11 @@ class Worker:
                 return
             self.begin(jobs[0], host)
         for job in self.queue.next(
-            host.name, host.revision, num_slots=engine.free_slots, num_tokens=engine.free_tokens
+            host.name,
+            host.revision,
+            num_slots=engine.free_slots,
+            num_tokens=engine.free_tokens,
+            num_spare=engine.cache.num_slots // SLOTS_PER_SPARE,
         ):
             self.begin(job, host)
 

@@ -13,7 +13,7 @@ same names to the Lua scripts, so no name is written twice.
     SHARE MODEL:CLS    HASH    fair share: "v" virtual time, "k:KEY" virtual finish of the key's last job
     COUNTS MODEL       HASH    queued, queued_cost, running, running_cost, speed (cost per second; mean of `samples`
                                until `measured`, ms), picks, promised, broken (when the last turn is due, ms),
-                               "k:KEY" queued jobs of a key
+                               "k:KEY" queued and "r:KEY" running jobs of a key
     PROMISES MODEL     ZSET    refused request -> its turn, when it was told to come back, ms
     RATE KEY           HASH    token buckets of a key: "jobs" and "cost" left, "at" which ms
     LEASES MODEL       ZSET    running job -> lease deadline in ms; 0 after a worker handed it over

@@ -62,9 +62,12 @@ class WorkerQueue:
         flat = [part for pair in models.items() for part in pair]
         self._scripts.run("announce", self.worker_id, info, keys.WORKER_ALIVE_MS, *flat)
 
-    def next(self, model: str, revision: str, *, num_slots: int, num_tokens: int) -> list[LeasedJob]:
+    def next(
+        self, model: str, revision: str, *, num_slots: int, num_tokens: int, num_spare: int = 0
+    ) -> list[LeasedJob]:
         """Take up to `num_slots` jobs whose cost fits `num_tokens` together: lost workers' jobs first.
 
+        The last `num_spare` of the slots are not for an API key that has more than half of what runs anywhere.
         A job that already delivered tokens comes with them (`completion_ids`); go on behind them.
         """
         if num_slots <= 0 or num_tokens <= 0:
@@ -78,6 +81,7 @@ class WorkerQueue:
             num_tokens,
             self.limits.lease_ms,
             self.limits.max_attempts,
+            num_spare,
         )
         jobs = [read_lease(reply) for reply in replies]
         with self._lock:

@@ -36,7 +36,8 @@ for _, id in ipairs(redis.call('ZRANGE', DEADLINES, 0, -1)) do
     if total and total[job[2]] then
       total[job[2]] = total[job[2]] + 1
       total[job[2] .. '_cost'] = total[job[2] .. '_cost'] + job[3]
-      if job[2] == 'queued' then total.of_keys[job[4]] = (total.of_keys[job[4]] or 0) + 1 end
+      local field = (job[2] == 'queued' and 'k:' or 'r:') .. job[4]
+      total.of_keys[field] = (total.of_keys[field] or 0) + 1
     end
   end
 end
@@ -45,9 +46,9 @@ for model, total in pairs(totals) do
     redis.call('HSET', COUNTS .. model, 'queued', total.queued, 'queued_cost', total.queued_cost,
       'running', total.running, 'running_cost', total.running_cost)
     for _, field in ipairs(redis.call('HKEYS', COUNTS .. model)) do
-      if string.sub(field, 1, 2) == 'k:' then redis.call('HDEL', COUNTS .. model, field) end
+      if string.match(field, '^[kr]:') then redis.call('HDEL', COUNTS .. model, field) end
     end
-    for key, jobs in pairs(total.of_keys) do redis.call('HSET', COUNTS .. model, 'k:' .. key, jobs) end
+    for field, jobs in pairs(total.of_keys) do redis.call('HSET', COUNTS .. model, field, jobs) end
   end
 end
 return removed

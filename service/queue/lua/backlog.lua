@@ -4,6 +4,12 @@ local function count(model, state, jobs, cost)
   redis.call('HINCRBY', COUNTS .. model, state .. '_cost', jobs * cost)
 end
 
+local function count_of_key(model, field, jobs)
+  if redis.call('HINCRBY', COUNTS .. model, field, jobs) <= 0 then
+    redis.call('HDEL', COUNTS .. model, field)
+  end
+end
+
 local function counts_of(model, key)
   local names, counts = { 'queued', 'queued_cost', 'speed', 'promised', 'broken' }, {}
   local fields = redis.call('HMGET', COUNTS .. model, 'k:' .. key, unpack(names))
@@ -20,7 +26,7 @@ local function join_backlog(id, model, class, key, cost, owed, expires)
   redis.call('HSET', share, 'k:' .. key, tag)
   redis.call('ZADD', line, tag, id)
   count(model, 'queued', 1, cost)
-  redis.call('HINCRBY', COUNTS .. model, 'k:' .. key, 1)
+  count_of_key(model, 'k:' .. key, 1)
   for _, shared in ipairs({ line, share, COUNTS .. model }) do live_until(shared, expires) end
 end
 
@@ -35,7 +41,5 @@ end
 
 local function no_longer_queued(model, key, cost)
   count(model, 'queued', -1, cost)
-  if redis.call('HINCRBY', COUNTS .. model, 'k:' .. key, -1) <= 0 then
-    redis.call('HDEL', COUNTS .. model, 'k:' .. key)
-  end
+  count_of_key(model, 'k:' .. key, -1)
 end

@@ -19,6 +19,7 @@ local function close(id, state, reason, now, details, tail)
   else
     redis.call('ZREM', LEASES .. model, id)
     count(model, 'running', -1, cost)
+    count_of_key(model, 'r:' .. job[5], -1)
     if reason == 'cancelled' or reason == 'deadline' then
       redis.call('XADD', CANCELLED, 'MAXLEN', '~', 10000, '*', 'j', id)
       redis.call('PEXPIRE', CANCELLED, 60000)

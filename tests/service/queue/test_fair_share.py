@@ -112,3 +112,25 @@ async def test_large_job_at_the_head_is_not_passed_by(roomy: Bench) -> None:
     first, second = worker.next(MODEL, "revision-1", num_slots=4, num_tokens=512)
     assert first.id == large.id
     assert worker.finish(second, Finish(reason="stop")) == "ok"
+
+
+async def test_a_key_with_most_of_what_runs_leaves_a_slot_to_others(roomy: Bench) -> None:
+    def take(num_slots: int) -> list[str]:
+        jobs = roomy.workers["worker"].next(MODEL, "revision-1", num_slots=num_slots, num_tokens=10_000, num_spare=1)
+        return [str(roomy.client.hget(keys.JOB + job.id, "key")) for job in jobs]
+
+    for _ in range(5):
+        await roomy.admit(key="flood")
+    assert take(4) == ["flood"] * 3
+    assert take(1) == []
+    await roomy.admit(key="other")
+    assert take(1) == ["other"]
+    for _ in range(4):
+        await roomy.admit(key="other")
+    assert take(3) == ["flood", "flood", "other"], "two by its share; the last is not for it"
+
+
+async def test_without_keys_every_slot_is_for_everybody(roomy: Bench) -> None:
+    for _ in range(4):
+        await roomy.admit()
+    assert len(roomy.workers["worker"].next(MODEL, "revision-1", num_slots=4, num_tokens=10_000, num_spare=1)) == 4

@@ -252,8 +252,9 @@ class QueueMachine(RuleBasedStateMachine):
             assert getattr(statistics, state) == len(members)
             assert getattr(statistics, f"{state}_cost") == sum(job.cost for job in members)
         counts: Any = self.client.hgetall(keys.COUNTS + MODEL)
-        of_keys = {name.removeprefix("k:"): int(value) for name, value in counts.items() if name.startswith("k:")}
-        assert of_keys == Counter(self.jobs[job_id].key for job_id in self.ids(JobState.QUEUED))
+        for letter, state in (("k:", JobState.QUEUED), ("r:", JobState.RUNNING)):
+            of_keys = {name[2:]: int(value) for name, value in counts.items() if name.startswith(letter)}
+            assert of_keys == Counter(self.jobs[job_id].key for job_id in self.ids(state))
 
     @invariant()
     def no_key_lives_for_ever(self) -> None:
