@@ -1,4 +1,4 @@
-"""The compiled library's functions and structures, as ctypes sees them. `decoder.cpp` says what each means."""
+"""The compiled library's functions and structures, as ctypes sees them. `interface.h` says what each means."""
 
 from __future__ import annotations
 

@@ -1,0 +1,233 @@
+// One step of the whole network: embedding, layers, last norm, head; for the new tokens of any number of sequences. The
+// residual stream is fp32; weights are bf16 or int8; keys, values and the inputs of products are bf16.
+//
+// D hidden_size, F intermediate_size, H query heads, K key-value heads, E head_dim, V vocab_size, N rows of a step.
+#pragma once
+#include "likeliest.h"
+#include "looks.h"
+#include "threads.h"
+
+namespace smollm {
+
+// For a few rows every thread prepares all of them for itself, which is quicker than meeting at a barrier.
+constexpr int FEW_ROWS = 4;
+
+struct Decoder {
+    Weights weights;
+    const Shape& shape = weights.shape;
+
+    explicit Decoder(const Shape& given) : weights(given) {}
+
+    void run(const Step& given, Team& members) {
+        step = &given;
+        team = &members;
+        reserve(given.num_rows);
+        first_row_of.clear();
+        int row = 0;
+        for (int i = 0; i < given.num_spans; i++) {
+            const Span& span = given.spans[i];
+            first_row_of.push_back(row);
+            for (int t = 0; t < span.count; t++, row++) {
+                slot_of[row] = span.slot;
+                position_of[row] = span.start + t;
+            }
+        }
+        const int group = shape.num_heads / shape.num_kv_heads;
+        table = {queries.data(), given.num_rows, group, shape.head_dim};
+        looks.plan(given, first_row_of, shape.num_kv_heads, group);
+        team->run(
+            [](void* self, int thread) {
+                static_cast<Decoder*>(self)->work(thread);
+                release_tiles();
+            },
+            this);
+    }
+
+   private:
+    struct Worker {
+        Scratch scratch;
+        std::vector<uint8_t> rows;
+        std::vector<float> scales;
+        std::vector<Best> best;
+    };
+
+    Team* team = nullptr;
+    const Step* step = nullptr;
+
+    // One step's intermediate numbers, for `capacity` rows.
+    int capacity = 0;
+    std::vector<float> x, qkv, mixed, gated;
+    std::vector<uint16_t> queries;
+    std::vector<uint8_t> shared_rows;
+    std::vector<float> shared_scales;
+    std::vector<int> slot_of, position_of, first_row_of;
+    std::vector<Worker> workers;
+    QueryTable table;
+    Looks looks;
+
+    void reserve(int num_rows) {
+        if ((int)workers.size() != team->size()) workers = std::vector<Worker>(team->size());
+        if (num_rows <= capacity) return;
+        capacity = (num_rows + ROWS - 1) / ROWS * ROWS;
+        x.resize((int64_t)capacity * weights.x_size());
+        qkv.resize((int64_t)capacity * weights.qkv_size());
+        mixed.resize((int64_t)capacity * weights.mixed_size());
+        gated.resize((int64_t)capacity * weights.gated_size());
+        queries.resize((int64_t)(capacity + 64) * weights.mixed_size());
+        shared_rows.resize(capacity * weights.widest_row() + 64);
+        shared_scales.resize(capacity);
+        slot_of.resize(capacity);
+        position_of.resize(capacity);
+    }
+
+    static Rows rows_in(std::vector<uint8_t>& data, std::vector<float>& scales, const Matrix& matrix) {
+        Rows rows;
+        rows.data = (uint8_t*)(((uintptr_t)data.data() + 63) / 64 * 64);
+        rows.scales = scales.data();
+        rows.stride = Rows::stride_of(matrix);
+        return rows;
+    }
+
+    // Returns `num_rows` rows of `numbers` ready for a product with `matrix`; with `norm` they are RMS-normed first.
+    // `which` says where each row stands; null: one after another.
+    Rows prepare(int thread, const Matrix& matrix, const std::vector<float>& numbers, int size, int num_rows,
+                 const float* norm, const int* which = nullptr) {
+        auto one = [&](const Rows& rows, int row) {
+            const float* from = numbers.data() + (int64_t)(which ? which[row] : row) * size;
+            float factor = norm ? inverse_rms(from, matrix.num_inputs, shape.rms_norm_eps) : 1.0f;
+            prepare_row(matrix, rows, row, from, factor, norm);
+        };
+        Worker& own = workers[thread];
+        if (num_rows <= FEW_ROWS) {
+            if (own.scales.empty()) {
+                own.rows.resize(ROWS * weights.widest_row() + 64);
+                own.scales.resize(ROWS);
+            }
+            Rows rows = rows_in(own.rows, own.scales, matrix);
+            for (int row = 0; row < num_rows; row++) one(rows, row);
+            return rows;
+        }
+        Rows rows = rows_in(shared_rows, shared_scales, matrix);
+        Share share(num_rows, thread, team->size());
+        for (int row = share.begin; row < share.end; row++) one(rows, row);
+        team->barrier();
+        return rows;
+    }
+
+    Share pairs(const Matrix& matrix, int thread) const { return Share(matrix.num_pairs, thread, team->size()); }
+
+    // Asks for the first weights that this thread will read of the next matrix, while others finish this one.
+    void announce(const Matrix& matrix, int thread) const {
+        const uint8_t* first = matrix.pair(pairs(matrix, thread).begin);
+        for (int line = 0; line < AHEAD; line += 64) fetch(first + line);
+    }
+
+    void product(int thread, const Matrix& matrix, const Rows& rows, int num_rows, std::vector<float>& out, int size,
+                 bool adds, const Matrix& next) {
+        Share share = pairs(matrix, thread);
+        multiply(matrix, rows, num_rows, share.begin, share.end, [&](int pair, int first, int count, Results& results) {
+            for (int row = 0; row < count; row++) {
+                float* to = out.data() + (int64_t)(first + row) * size + pair * PAIR;
+                for (int block = 0; block < PAIR; block += BLOCK) {
+                    Floats result = load<Floats>(&results[row][block]);
+                    store(to + block, adds ? load<Floats>(to + block) + result : result);
+                }
+            }
+        });
+        announce(next, thread);
+    }
+
+    void gate_and_up(int thread, const Matrix& matrix, const Rows& rows, int num_rows, const Matrix& next) {
+        Share share = pairs(matrix, thread);
+        multiply(matrix, rows, num_rows, share.begin, share.end, [&](int pair, int first, int count, Results& results) {
+            for (int row = 0; row < count; row++) {
+                Floats gate = load<Floats>(&results[row][0]), up = load<Floats>(&results[row][BLOCK]);
+                store(gated.data() + (int64_t)(first + row) * weights.gated_size() + pair * BLOCK, silu(gate) * up);
+            }
+        });
+        announce(next, thread);
+    }
+
+    LayerCache cache_of(int layer) const {
+        const int64_t part = (int64_t)step->num_slots * shape.num_kv_heads * step->slot_length * shape.head_dim;
+        uint16_t* keys = step->cache + 2 * layer * part;
+        return {keys, keys + part, shape.num_kv_heads, step->slot_length, shape.head_dim};
+    }
+
+    void work(int thread) {
+        const int D = shape.hidden_size, N = step->num_rows;
+        Share own_rows(N, thread, team->size());
+        announce(weights.layers[0].parts[QKV], thread);
+        for (int row = own_rows.begin; row < own_rows.end; row++) {
+            float* to = x.data() + (int64_t)row * weights.x_size();
+            const uint16_t* from = weights.embedding + (int64_t)step->token_ids[row] * D;
+            for (int d = 0; d < D; d++) to[d] = from_bf16(from[d]);
+        }
+        team->barrier();
+        for (int layer = 0; layer < shape.num_layers; layer++) compute(layer, thread, own_rows);
+        if (step->num_wanted) score(thread);
+    }
+
+    void compute(int number, int thread, Share own_rows) {
+        const int N = step->num_rows;
+        const bool is_last = number + 1 == shape.num_layers;
+        const Layer& layer = weights.layers[number];
+        const Matrix* parts = layer.parts;
+        const int x_size = weights.x_size(), mixed_size = weights.mixed_size();
+        Rows rows = prepare(thread, parts[QKV], x, x_size, N, layer.input_norm);
+        product(thread, parts[QKV], rows, N, qkv, weights.qkv_size(), false, parts[OUT]);
+        team->barrier();
+
+        LayerCache cache = cache_of(number);
+        for (int row = own_rows.begin; row < own_rows.end; row++) {
+            if (row + 1 < own_rows.end) fetch_places(cache, slot_of[row + 1], position_of[row + 1]);
+            const float* numbers = qkv.data() + (int64_t)row * weights.qkv_size();
+            rotate(weights, numbers, row, slot_of[row], position_of[row], table, cache);
+        }
+        if (thread == 0) looks.begin();
+        team->barrier();
+        looks.take(table, cache, workers[thread].scratch, mixed.data(), mixed_size);
+        team->barrier();
+
+        rows = prepare(thread, parts[OUT], mixed, mixed_size, N, nullptr);
+        product(thread, parts[OUT], rows, N, x, x_size, true, parts[GATE_UP]);
+        team->barrier();
+        rows = prepare(thread, parts[GATE_UP], x, x_size, N, layer.post_norm);
+        gate_and_up(thread, parts[GATE_UP], rows, N, parts[DOWN]);
+        team->barrier();
+        rows = prepare(thread, parts[DOWN], gated, weights.gated_size(), N, nullptr);
+        const Matrix& after = is_last ? weights.head : weights.layers[number + 1].parts[QKV];
+        product(thread, parts[DOWN], rows, N, x, x_size, true, after);
+        team->barrier();
+    }
+
+    void score(int thread) {
+        const int B = step->num_wanted;
+        const Matrix& head = weights.head;
+        Rows rows = prepare(thread, head, x, weights.x_size(), B, weights.last_norm, step->wanted);
+        Share share = pairs(head, thread);
+        std::vector<Best>& best = workers[thread].best;
+        best.assign(B, Best());
+        multiply(head, rows, B, share.begin, share.end, [&](int pair, int first, int count, Results& results) {
+            // Padding must not win: its scores are 0.
+            const bool is_padded = (pair + 1) * PAIR > shape.vocab_size;
+            for (int row = 0; row < count; row++) {
+                for (int i = shape.vocab_size - pair * PAIR; is_padded && i < PAIR; i++) results[row][i] = -INFINITY;
+                float* to = step->logits + (int64_t)(first + row) * head.num_outputs() + pair * PAIR;
+                for (int block = 0; block < 2; block++) {
+                    Floats scores = load<Floats>(&results[row][block * BLOCK]);
+                    store(to + block * BLOCK, scores);
+                    best[first + row].see(scores, 2 * pair + block);
+                }
+            }
+        });
+        team->barrier();
+        for (int row = thread; row < B; row += team->size()) {
+            Likeliest likeliest;
+            for (const Worker& worker : workers) likeliest.see(worker.best[row]);
+            step->likeliest[row] = likeliest.token;
+        }
+    }
+};
+
+}  // namespace smollm

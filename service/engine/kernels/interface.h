@@ -1,0 +1,28 @@
+// What the caller and the library hand each other; `library.py` lists the same fields. Everything is the caller's.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+struct Shape {
+    int vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, num_positions;
+    float rms_norm_eps;
+    int is_int8;
+};
+
+// Tokens [start, start + count) of the sequence in `slot`.
+struct Span {
+    int slot, start, count;
+};
+
+struct Step {
+    int num_rows, num_spans, num_wanted;
+    const int* token_ids;      // [num_rows]
+    const Span* spans;         // their counts sum to num_rows
+    const int* wanted;         // [num_wanted] rows of which scores are asked
+    uint16_t* cache;           // [layer][keys, values][slot][head][position][head_dim]
+    int num_slots, slot_length;
+    float* logits;             // [num_wanted][padded vocabulary]
+    int* likeliest;            // [num_wanted], the first of equals
+};
+}
