@@ -79,6 +79,8 @@ class BuiltServer:
         command: list[Any] = [binary, "--model", weights, "--host", "127.0.0.1", "--port", port]
         command += ["--ctx-size", num_slots * slot_length, "--parallel", num_slots]
         command += ["--threads", num_threads, "--threads-batch", num_threads, "--no-ui", "--cache-ram", 0]
+        if weights.stem == "Q8_0":
+            command += ["--no-repack"]  # ggml 0.26 built for AMX repacks Q8_0 for it and dies of SIGSEGV
         with log.open("wb") as output:
             self.process = subprocess.Popen([str(word) for word in command], stdout=output, stderr=output)
         atexit.register(self.process.kill)
@@ -87,8 +89,8 @@ class BuiltServer:
             if self.process.poll() is not None or time.monotonic() > deadline_s:
                 raise RuntimeError(f"{binary} did not start; its log ends: {log.read_text()[-500:]}")
             time.sleep(0.1)
-        lines = log.read_text().splitlines()
-        self.description = next((line.strip() for line in lines if "system_info" in line), "it logged no system_info")
+        version = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
+        self.description = " ".join((version.stdout + version.stderr).split())
 
     def is_ready(self) -> bool:
         try:
