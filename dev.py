@@ -239,7 +239,7 @@ def show_answers(api: str, settings: Settings) -> None:
     wait_until_served(api)
     for name in list_model_folders(settings.models_dir):
         if name.endswith("instruct"):
-            question = "What is the capital of France?"
+            question = "What is the capital of Japan?"
             body: dict[str, Any] = {"model": name, "temperature": 0, "max_tokens": 40}
             answer = post(f"{api}/v1/chat/completions", {**body, "messages": [{"role": "user", "content": question}]})
             text = answer["choices"][0]["message"]["content"]

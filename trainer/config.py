@@ -44,13 +44,15 @@ class Torchrun:
     world_size: int
     local_rank: int
     local_world_size: int
+    torchelastic_restart_count: int = 0
 
     @classmethod
     def read(cls) -> Torchrun | None:
         """Return it, or None in a process that torchrun did not start."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return None
-        return cls(**{field.name: int(os.environ[field.name.upper()]) for field in dataclasses.fields(cls)})
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: int(os.environ[name.upper()]) for name in names if name.upper() in os.environ})
 
 
 class Section(BaseModel):

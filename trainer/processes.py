@@ -13,11 +13,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from shared.errors import ConfigError, DataError
 from trainer.config import Torchrun
@@ -77,7 +78,13 @@ class Processes:
                 )
             torch.cuda.set_device(launched.local_rank)
         # Tensors on the CPU travel over gloo, which carries the messages; those on a GPU over NCCL.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if uses_cuda else "gloo", timeout=PATIENCE)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if uses_cuda else "gloo",
+            store=meeting_place(launched),
+            rank=launched.rank,
+            world_size=launched.world_size,
+            timeout=PATIENCE,
+        )
         return cls(
             rank=launched.rank,
             world_size=launched.world_size,
@@ -179,3 +186,14 @@ class Processes:
         """Say goodbye to the others."""
         if not self.is_alone:
             dist.destroy_process_group()
+
+
+def meeting_place(launched: Torchrun) -> Any:
+    """Return where the processes of this start leave their addresses for each other.
+
+    Torchrun keeps one store over all its restarts (torch 2.13, dynamic_rendezvous.py), so that without a prefix of
+    their own they would find the addresses of the dead.
+    """
+    store, _, _ = next(rendezvous("env://", launched.rank, launched.world_size, timeout=PATIENCE))
+    start = f"start-{launched.torchelastic_restart_count}-of-{launched.world_size}"
+    return dist.PrefixStore(start, store)  # type: ignore[attr-defined]

@@ -98,10 +98,16 @@ class ScriptedWorker:
         self.taken: list[LeasedJob] = []
         self.dropped: list[str] = []
         """Jobs that the queue told it to drop."""
+        self._taking = threading.Lock()
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         for event in (self.takes, self.writes, self.ends):
             event.set()
+
+    def take_no_more(self) -> None:
+        """Once this returns, jobs stay in the queue."""
+        with self._taking:
+            self.takes.clear()
 
     def start(self) -> ScriptedWorker:
         self.announce()
@@ -125,8 +131,8 @@ class ScriptedWorker:
             if time.monotonic() - announced_at > 0.5:
                 self.announce()
                 announced_at = time.monotonic()
-            if self.takes.is_set():
-                for model, (revision, _) in self.models.items():
+            with self._taking:
+                for model, (revision, _) in self.models.items() if self.takes.is_set() else ():
                     for job in self.queue.next(model, revision, num_slots=8, num_tokens=100_000):
                         self.taken.append(job)
                         threads.append(threading.Thread(target=self._serve, args=(job,), daemon=True))

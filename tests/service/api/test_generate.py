@@ -166,7 +166,7 @@ def test_logprobs_are_told_where_asked(client: httpx2.Client, tokenizer: Tokeniz
 def test_a_queued_stream_tells_its_place_and_pings(
     client: httpx2.Client, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker.takes.clear()
+    worker.take_no_more()
     first = client.post("/generate", json=BODY, headers={"Prefer": "respond-async"}).json()
     with open_stream(client, "POST", "/generate", json=BODY | {"stream": True}) as (_, events):
         event = next(events)
@@ -179,7 +179,7 @@ def test_a_queued_stream_tells_its_place_and_pings(
 
 
 def test_async_answers_202_and_goes_on_by_itself(client: httpx2.Client, worker: ScriptedWorker) -> None:
-    worker.takes.clear()
+    worker.take_no_more()
     response = client.post("/generate", json=BODY, headers={"Prefer": "respond-async"})
     assert response.status_code == 202
     answer = response.json()
@@ -266,7 +266,7 @@ class Api_of_its_own:
 def test_cancelling_is_idempotent(client: httpx2.Client, worker: ScriptedWorker, running: bool) -> None:
     worker.ends.clear()
     if not running:
-        worker.takes.clear()
+        worker.take_no_more()
     job_id = client.post("/generate", json=BODY, headers={"Prefer": "respond-async"}).json()["id"]
     if running:
         wait_until(lambda: client.get(f"/jobs/{job_id}").json()["usage"]["completion_tokens"] == 12, "tokens")
@@ -310,7 +310,7 @@ def test_a_client_that_goes_away_cancels_its_job(
 ) -> None:
     worker.ends.clear()
     if not taken:
-        worker.takes.clear()
+        worker.take_no_more()
     marker = client.post("/generate", json=BODY, headers={"Prefer": "respond-async"}).json()["id"]
     leaving = threading.Event()
     job_ids: list[str] = []
@@ -385,7 +385,7 @@ def test_a_deadline_ends_the_job_with_what_it_has(client: httpx2.Client, worker:
     answer = client.post("/generate", json=BODY | {"timeout_s": 0.3}).json()
     assert answer["status"] == "expired" and answer["finish_reason"] == "deadline"
     assert len(answer["token_ids"]) == 12
-    worker.takes.clear()
+    worker.take_no_more()
     events = read_stream(client, "POST", "/generate", json=BODY | {"timeout_s": 0.2, "stream": True})
     assert events[-1].name == "done" and events[-1].data["finish_reason"] == "deadline"
 

@@ -195,7 +195,7 @@ def test_errors_become_the_client_s_exceptions(
             with pytest.raises(IncompleteGenerationError, match="timeout_s"):
                 "".join(hub.text_generation(PROMPT, stream=stream))
         worker.finish = None
-        worker.takes.clear()
+        worker.take_no_more()
         in_line: dict[str, Any] = {"json": {"prompt": "a"}, "headers": {"Prefer": "respond-async"}}
         wait_until(lambda: client.post("/generate", **in_line).status_code == 429, "a full queue")
         for stream in (False, True):

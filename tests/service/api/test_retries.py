@@ -28,7 +28,7 @@ def narrow(redis_url: str, models_dir: Path, runs_dir: Path, worker: ScriptedWor
 
 
 def fill(client: httpx2.Client, worker: ScriptedWorker) -> None:
-    worker.takes.clear()
+    worker.take_no_more()
     wait_until(lambda: client.post("/generate", **IN_LINE).status_code == 429, "a full queue", 60.0)
 
 

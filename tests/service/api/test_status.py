@@ -149,7 +149,7 @@ def test_while_redis_is_away_requests_are_refused_at_once(
 def test_a_full_queue_is_429_and_says_when(
     redis_url: str, models_dir: Path, runs_dir: Path, worker: ScriptedWorker
 ) -> None:
-    worker.takes.clear()
+    worker.take_no_more()
     settings = make_settings(redis_url, models_dir, runs_dir, max_queued_jobs=2)
     with running_api(settings) as api, client_of(api) as client:
         queued = [client.post("/generate", json=BODY, headers={"Prefer": "respond-async"}) for _ in range(2)]
@@ -168,7 +168,7 @@ def test_a_full_queue_is_429_and_says_when(
 def test_of_several_choices_all_or_none_are_admitted(
     redis_url: str, models_dir: Path, runs_dir: Path, worker: ScriptedWorker
 ) -> None:
-    worker.takes.clear()
+    worker.take_no_more()
     settings = make_settings(redis_url, models_dir, runs_dir, max_queued_jobs=2)
     with running_api(settings) as api, client_of(api) as client:
         assert_error(client.post("/v1/completions", json={"prompt": "a", "n": 3}), 429)
