@@ -374,9 +374,7 @@ class ChatRequest(OpenAISampling):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [
-                {"messages": [{"role": "user", "content": "What is the capital of Japan?"}], "temperature": 0}
-            ]
+            "examples": [{"messages": [{"role": "user", "content": "What is the capital of Japan?"}], "temperature": 0}]
         }
     )
 

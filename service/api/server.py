@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import logging
@@ -60,6 +61,7 @@ def run_api(settings: Settings) -> None:
             timeout_graceful_shutdown=round(settings.shutdown_grace_s),
         )
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     # uvicorn handles both while it serves, and raises them again when it is done: that must be a clean end.
     signal.signal(signal.SIGTERM, _exit_cleanly)
     signal.signal(signal.SIGINT, _exit_cleanly)
@@ -107,6 +109,12 @@ def _check_redis(settings: Settings) -> None:
         log.warning("%s Requests are answered 503 until then.", error)
     finally:
         client.close()
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Streams that outlast the grace are cancelled; uvicorn says how many, and would add a traceback for each."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or not issubclass(kind, asyncio.CancelledError)
 
 
 def _exit_cleanly(number: int, frame: FrameType | None) -> None:  # noqa: ARG001

@@ -232,6 +232,7 @@ def test_the_process_serves_and_leaves_cleanly(
     redis_url: str, models_dir: Path, worker: ScriptedWorker, tmp_path: Path
 ) -> None:
     environment = {**os.environ, "API_PORT": "0", "SMOLLM_REDIS_URL": redis_url, "SMOLLM_MODELS_DIR": str(models_dir)}
+    environment["SMOLLM_SHUTDOWN_GRACE_S"] = "1"
     with socket_of_free_port() as port:
         environment["API_PORT"] = str(port)
     log = tmp_path / "api.log"
@@ -249,9 +250,15 @@ def test_the_process_serves_and_leaves_cleanly(
 
             wait_until(is_ready, "the process", 30.0)
             assert client.post("/generate", json={"prompt": "secret words"}).status_code == 200
-        process.terminate()
-        assert process.wait(10) == 0
+            worker.ends.clear()
+            with client.stream("POST", "/generate", json={"prompt": "a", "stream": True}) as stream:
+                lines = stream.iter_lines()  # kept: a forgotten iterator closes the connection
+                assert next(lines)
+                process.terminate()
+                assert process.wait(30) == 0
         assert "secret words" not in log.read_text(), "prompts are not logged unless asked"
+        assert "Traceback" not in log.read_text(), "a stream that outlasts the grace is no fault of ours"
+        assert "timeout graceful shutdown exceeded" in log.read_text()
     finally:
         process.kill()
         process.wait()
