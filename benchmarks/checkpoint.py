@@ -42,7 +42,7 @@ def seconds_to_stop(place: Path) -> float:
     settings = {"save_every": 1, "evaluate_every": 10_000, "evaluate_windows": 1, "data.max_epochs": 1e6}
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     checkpoints = RunFolder(place / "runs" / "original").checkpoints
-    (place / "models").mkdir()
+    (place / "models").mkdir(parents=True)
     (place / "models" / "smollm2-135m-instruct").symlink_to(MODELS / "smollm2-135m-instruct")
     process = command(place, "train", "original", *overrides, num_threads=None)
     assert wait_for(lambda: any(checkpoints.glob(".step-*")), process), process.communicate()[1]

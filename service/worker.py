@@ -20,6 +20,7 @@ import redis
 import torch
 
 from service.engine.host import Host, Hosts, load_host
+from service.engine.network import choose_serving_dtype
 from service.engine.sequence import Output, Sequence
 from service.errors import NotReady
 from service.heartbeat import Heartbeat
@@ -31,7 +32,7 @@ from service.queue.job import LeasedJob, QueueLimits, WorkerInfo
 from service.queue.worker_queue import WorkerQueue
 from service.settings import Settings
 from service.tracing import Tracer, open_tracer
-from shared.device import choose_device, choose_dtype, choose_num_threads
+from shared.device import choose_device, choose_num_threads
 from shared.errors import SmolLMError
 from shared.sampling import SamplingParams
 
@@ -333,7 +334,7 @@ def run_worker(settings: Settings) -> None:
         ConfigError: a setting that cannot work on this machine, or a Redis that cannot hold the queue.
     """
     device = choose_device(settings.device)
-    dtype = choose_dtype(device.value, settings.dtype, purpose="serve")
+    dtype = choose_serving_dtype(device.value, settings.dtype, kernels=settings.kernels)
     threads = choose_num_threads(settings.num_threads)
     torch.set_num_threads(threads.value)
     log.info("device %s: %s; dtype %s: %s", device.value, device.reason, dtype.value, dtype.reason)

@@ -17,7 +17,7 @@ from service.engine.packing import can_pack, pack_linears
 from shared.catalog import ModelFolder
 from shared.checkpoint import load_model
 from shared.config import ModelConfig
-from shared.device import Choice
+from shared.device import Choice, choose_dtype
 from shared.errors import ConfigError
 from shared.model import SmolLM2
 
@@ -47,6 +47,35 @@ class TorchNetwork:
         ids_1N, positions_1N = torch.tensor([token_ids], device=device), torch.tensor([positions], device=device)
         hidden_ND = self.model.hidden_states(ids_1N, positions_1N, StepAttention(cache, spans))[0]
         return self.model.logits(hidden_ND if len(places) == len(token_ids) else hidden_ND[list(places)])
+
+
+def choose_serving_dtype(device: torch.device, requested: str, *, kernels: str = "auto") -> Choice[torch.dtype]:
+    """Choose the dtype of the weights: where the CPU itself has no bfloat16, the compiled kernels may still have it.
+
+    They read half of what PyTorch reads in float32.
+
+    Raises:
+        ConfigError: see `choose_dtype`.
+    """
+    choice = choose_dtype(device, requested, purpose="serve")
+    if requested != "auto" or device.type != "cpu" or choice.value == torch.bfloat16:
+        return choice
+    try:
+        library = load_allowed(kernels)
+    except KernelsUnavailable as error:
+        return Choice(choice.value, f"{choice.reason}, and {error}")
+    return Choice(torch.bfloat16, f"{choice.reason}, but the compiled kernels for {library.level} compute in it")
+
+
+def load_allowed(kernels: str) -> Library:
+    """Load the kernels that the settings allow: "auto", "off" or a level.
+
+    Raises:
+        KernelsUnavailable: none; the sentence says why.
+    """
+    if kernels == "off":
+        raise KernelsUnavailable("the kernels are off in the settings")
+    return load_library(kernels)
 
 
 def load_network(
@@ -85,12 +114,10 @@ def library_for(
     Raises:
         KernelsUnavailable: none do; the sentence says why.
     """
-    if kernels == "off":
-        raise KernelsUnavailable("the kernels are off in the settings")
     if device.type != "cpu":
         raise KernelsUnavailable(f"the kernels are for CPUs, not {device.type}")
     if dtype != torch.bfloat16 and weights != "int8":
         raise KernelsUnavailable(f"the kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}")
     if not knows_shape(config):
         raise KernelsUnavailable(f"the kernels know heads of up to 256 numbers, not {config.head_dim}")
-    return load_library(kernels)
+    return load_allowed(kernels)

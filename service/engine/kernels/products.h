@@ -121,60 +121,92 @@ inline void multiply_pair_int8(const Matrix& matrix, const Rows& rows, int first
 
 inline void release_tiles() {}
 
-// Adds the products of one group of two inputs: weights of 16 outputs with the same inputs for all.
-inline void add_group_bf16(Floats& total, Words weights, uint32_t inputs) {
-#if defined(__AVX512BF16__)
-    total = (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int)inputs));
+// Sums stay in registers of the machine's own width: of wider vectors GCC 12 makes memory traffic.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, ROWS_BF16 = 4, ROWS_INT8 = 2;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8, ROWS_BF16 = 2, ROWS_INT8 = 1;
+#elif defined(__aarch64__)
+constexpr int WIDTH = 4, ROWS_BF16 = 2, ROWS_INT8 = 1;
 #else
-    Words two = inputs - Words{};
-    total += as_floats(weights << 16) * as_floats(two << 16);
-    total += as_floats(weights & 0xffff0000u) * as_floats(two & 0xffff0000u);
+constexpr int WIDTH = 4, ROWS_BF16 = 1, ROWS_INT8 = 1;
+#endif
+constexpr int PARTS = PAIR / WIDTH;  // registers for one row's sums
+typedef float FloatPart __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t IntPart __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t WordPart __attribute__((vector_size(4 * WIDTH)));
+
+// One group's weights for part `part` of the pair's outputs; `weights` are the two tiles of a step along the inputs.
+inline WordPart weights_of(const uint8_t* weights, int group, int part) {
+    const int output = part * WIDTH;
+    return load<WordPart>(weights + output / BLOCK * TILE + group * 64 + output % BLOCK * 4);
+}
+
+inline uint32_t inputs_of(const uint8_t* row, int k, int group) {
+    uint32_t inputs;
+    memcpy(&inputs, row + k * 64 + group * 4, 4);
+    return inputs;
+}
+
+// Adds the products of one group of two inputs: weights of some outputs with the same inputs for all.
+inline void add_group_bf16(FloatPart& total, WordPart weights, uint32_t inputs) {
+#if defined(__AVX512BF16__)
+    total = (FloatPart)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int)inputs));
+#else
+    WordPart two = inputs - WordPart{};
+    total += (FloatPart)(weights << 16) * (FloatPart)(two << 16);
+    total += (FloatPart)(weights & 0xffff0000u) * (FloatPart)(two & 0xffff0000u);
 #endif
 }
 
 template <int COUNT>
 inline void multiply_some_bf16(const Matrix& matrix, const Rows& rows, int first, int pair, float (*out)[PAIR]) {
     const uint8_t* weights = matrix.pair(pair);
-    Floats totals[COUNT][2] = {};
+    FloatPart totals[COUNT][PARTS] = {};
     for (int k = 0; k < matrix.num_k_tiles; k++, weights += 2 * TILE) {
         fetch_ahead(weights);
         fetch_ahead(weights + TILE);
-        for (int group = 0; group < GROUPS; group++) {
-            Words left = load<Words>(weights + group * 64), right = load<Words>(weights + TILE + group * 64);
-            for (int row = 0; row < COUNT; row++) {
-                uint32_t inputs;
-                memcpy(&inputs, rows.row(first + row) + k * 64 + group * 4, 4);
-                add_group_bf16(totals[row][0], left, inputs);
-                add_group_bf16(totals[row][1], right, inputs);
+        for (int group = 0; group < GROUPS; group++)
+#pragma GCC unroll 8
+            for (int part = 0; part < PARTS; part++) {
+                const WordPart some = weights_of(weights, group, part);
+#pragma GCC unroll 4
+                for (int row = 0; row < COUNT; row++)
+                    add_group_bf16(totals[row][part], some, inputs_of(rows.row(first + row), k, group));
             }
-        }
     }
-    for (int row = 0; row < COUNT; row++) {
-        store(&out[row][0], totals[row][0]);
-        store(&out[row][BLOCK], totals[row][1]);
-    }
+    for (int row = 0; row < COUNT; row++)
+        for (int part = 0; part < PARTS; part++) store(&out[row][part * WIDTH], totals[row][part]);
 }
 
 inline void multiply_pair_bf16(const Matrix& matrix, const Rows& rows, int first, int count, int pair, Results& out) {
     int row = 0;
-    for (; row + 4 <= count; row += 4) multiply_some_bf16<4>(matrix, rows, first + row, pair, &out[row]);
+    for (; row + ROWS_BF16 <= count; row += ROWS_BF16)
+        multiply_some_bf16<ROWS_BF16>(matrix, rows, first + row, pair, &out[row]);
     for (; row < count; row++) multiply_some_bf16<1>(matrix, rows, first + row, pair, &out[row]);
 }
 
 // Adds the products of one group of four inputs in one plane.
-inline void add_group_int8(Ints& total, Words weights, uint32_t inputs) {
+inline void add_group_int8(IntPart& total, WordPart weights, uint32_t inputs) {
 #if defined(__AVX512VNNI__)
     // Takes unsigned inputs: 128 is added to each here, and 128 times the sum of the weights subtracted at the end.
-    total = (Ints)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32((int)(inputs ^ 0x80808080u)), (__m512i)weights);
+    total = (IntPart)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32((int)(inputs ^ 0x80808080u)),
+                                         (__m512i)weights);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    // Unsigned by signed as well: |input| times the weight with the input's sign. Two products are at most
+    // 2 * 127 * 127 = 32,258, so that their sum in 16 bits is exact.
+    const __m256i all = _mm256_set1_epi32((int)inputs);
+    const __m256i twos = _mm256_maddubs_epi16(_mm256_abs_epi8(all), _mm256_sign_epi8((__m256i)weights, all));
+    total += (IntPart)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
 #else
-    Ints w = (Ints)weights;
+    IntPart w = (IntPart)weights;
     for (int place = 24; place >= 0; place -= 8) total += ((w << place) >> 24) * ((int32_t)(inputs << place) >> 24);
 #endif
 }
 
-inline Ints whole_total(Ints total, const int* weight_sums) {
+inline IntPart whole_total(IntPart total, const int* weight_sums) {
 #if defined(__AVX512VNNI__)
-    return total - load<Ints>(weight_sums) * 128;
+    return total - load<IntPart>(weight_sums) * 128;
 #else
     (void)weight_sums;
     return total;
@@ -184,34 +216,38 @@ inline Ints whole_total(Ints total, const int* weight_sums) {
 template <int COUNT>
 inline void multiply_some_int8(const Matrix& matrix, const Rows& rows, int first, int pair, float (*out)[PAIR]) {
     const uint8_t* weights = matrix.pair(pair);
-    Ints totals[COUNT][2][2] = {};
+    IntPart totals[COUNT][2][PARTS] = {};
     for (int k = 0; k < matrix.num_k_tiles; k++, weights += 2 * TILE) {
         fetch_ahead(weights);
         fetch_ahead(weights + TILE);
-        for (int group = 0; group < GROUPS; group++) {
-            Words left = load<Words>(weights + group * 64), right = load<Words>(weights + TILE + group * 64);
-            for (int row = 0; row < COUNT; row++)
-                for (int plane = 0; plane < 2; plane++) {
-                    uint32_t inputs;
-                    memcpy(&inputs, rows.row(first + row) + plane * (rows.stride / 2) + k * 64 + group * 4, 4);
-                    add_group_int8(totals[row][plane][0], left, inputs);
-                    add_group_int8(totals[row][plane][1], right, inputs);
-                }
-        }
+        for (int group = 0; group < GROUPS; group++)
+#pragma GCC unroll 8
+            for (int part = 0; part < PARTS; part++) {
+                const WordPart some = weights_of(weights, group, part);
+#pragma GCC unroll 2
+                for (int row = 0; row < COUNT; row++)
+#pragma GCC unroll 2
+                    for (int plane = 0; plane < 2; plane++) {
+                        const uint8_t* inputs = rows.row(first + row) + plane * (rows.stride / 2);
+                        add_group_int8(totals[row][plane][part], some, inputs_of(inputs, k, group));
+                    }
+            }
     }
     for (int row = 0; row < COUNT; row++)
-        for (int block = 0; block < 2; block++) {
-            const int output = pair * PAIR + block * BLOCK;
-            Floats high = __builtin_convertvector(whole_total(totals[row][0][block], matrix.sums + output), Floats);
-            Floats low = __builtin_convertvector(whole_total(totals[row][1][block], matrix.sums + output), Floats);
-            Floats scale = load<Floats>(matrix.scales + output) * rows.scales[first + row];
-            store(&out[row][block * BLOCK], (high * 128.0f + low) * scale);
+        for (int part = 0; part < PARTS; part++) {
+            const int output = pair * PAIR + part * WIDTH;
+            auto whole = [&](int plane) {
+                return __builtin_convertvector(whole_total(totals[row][plane][part], matrix.sums + output), FloatPart);
+            };
+            FloatPart scale = load<FloatPart>(matrix.scales + output) * rows.scales[first + row];
+            store(&out[row][part * WIDTH], (whole(0) * 128.0f + whole(1)) * scale);
         }
 }
 
 inline void multiply_pair_int8(const Matrix& matrix, const Rows& rows, int first, int count, int pair, Results& out) {
     int row = 0;
-    for (; row + 2 <= count; row += 2) multiply_some_int8<2>(matrix, rows, first + row, pair, &out[row]);
+    for (; row + ROWS_INT8 <= count; row += ROWS_INT8)
+        multiply_some_int8<ROWS_INT8>(matrix, rows, first + row, pair, &out[row]);
     for (; row < count; row++) multiply_some_int8<1>(matrix, rows, first + row, pair, &out[row]);
 }
 

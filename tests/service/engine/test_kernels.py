@@ -16,8 +16,9 @@ from service.engine.kernels.build import KernelsUnavailable, compile_library, li
 from service.engine.kernels.decoder import CompiledDecoder
 from service.engine.kernels.library import load_library
 from service.engine.kv_cache import KVCache, Span
-from service.engine.network import TorchNetwork, load_network
+from service.engine.network import TorchNetwork, choose_serving_dtype, load_network
 from service.engine.sequence import Sequence
+from shared import device as device_module
 from shared.catalog import read_model_folder
 from shared.checkpoint import load_export
 from shared.config import ModelConfig
@@ -200,6 +201,18 @@ def test_without_a_compiler_pytorch_computes_and_says_why(monkeypatch: pytest.Mo
         load_network(folder, device=CPU, dtype=torch.bfloat16, weights="int8", kernels="off")
     with pytest.raises(KernelsUnavailable, match="no level 'nonesuch'"):
         usable_levels("nonesuch")
+
+
+@pytest.mark.parametrize("level", ["avx2", "portable"])
+def test_a_cpu_without_bfloat16_serves_it_where_the_kernels_do(monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    if level not in {usable.name for usable in usable_levels()}:
+        pytest.skip(f"this CPU has no {level}")
+    monkeypatch.setattr(device_module, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    choice = choose_serving_dtype(CPU, "auto", kernels=level)
+    assert choice.value == torch.bfloat16 and f"kernels for {level} compute in it" in choice.reason
+    choice = choose_serving_dtype(CPU, "auto", kernels="off")
+    assert choice.value == torch.float32 and "off in the settings" in choice.reason
+    assert choose_serving_dtype(CPU, "float32", kernels=level).value == torch.float32
 
 
 def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
