@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -183,9 +185,19 @@ class Processes:
         return torch.cat(rows)
 
     def leave(self) -> None:
-        """Say goodbye to the others."""
-        if not self.is_alone:
-            dist.destroy_process_group()
+        """Say goodbye to the others and end this process; alone, do nothing.
+
+        Everything is written and closed by now. Python's own end destroys gloo's threads in an order that aborts a
+        process now and then (torch 2.13: "terminate called without an active exception"), after which torchrun would
+        start all of them again.
+        """
+        if self.is_alone:
+            return
+        dist.destroy_process_group()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def meeting_place(launched: Torchrun) -> Any:
