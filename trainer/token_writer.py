@@ -120,6 +120,8 @@ class UnfinishedTokens:
         self.train.sync()
         self.held_out.sync()
         (self.folder / NOTE).unlink(missing_ok=True)
+        for half_written in self.folder.glob(f".{NOTE}.*.tmp"):  # of a process that was killed in the middle of a note
+            half_written.unlink()
         (self.folder / MANIFEST).write_text(json.dumps(whole, indent=2) + "\n")
         sync(self.folder / MANIFEST)
         put_in_place(self.folder, self.target)

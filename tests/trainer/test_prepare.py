@@ -125,6 +125,8 @@ def test_a_prepare_that_was_killed_goes_on_to_the_same_tokens(
         process.kill()
         process.communicate()
         seen.add(note)
+    for unfinished in (tmp_path / "killed").glob("data/tokens/*/.input.unfinished"):
+        (unfinished / ".note.json.0badcafe.tmp").write_text("a process killed in the middle of a note leaves this")
     last = start(tmp_path / "killed")
     assert "going on after" in last.communicate(timeout=120)[1]
     assert last.returncode == 0
