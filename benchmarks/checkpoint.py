@@ -99,9 +99,8 @@ def main() -> int:
         foreground_s = time.perf_counter() - start
         saver.close()
         del trainer, saver
-        stop_s, stop_in_save_s = (
-            seconds_to_stop(Path(place) / name, during_save=name == "in-save") for name in ("between", "in-save")
-        )
+        stop_s = seconds_to_stop(Path(place) / "between", during_save=False)
+        stop_in_save_s = seconds_to_stop(Path(place) / "in-save", during_save=True)
 
     cost_s = wait_s + slowdown_s
     overhead = cost_s / options.interval_s

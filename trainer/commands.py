@@ -101,8 +101,9 @@ def lead(
             if changes:
                 log.say(f"the recipe has changed since the last checkpoint: {', '.join(changes)}")
             data = processes.in_turn(lambda: prepare_data(config.data, directories))
-            done = already_finished(folder, config, data_hash=data.data_hash, models_dir=directories.models_dir)
-            if done and processes.is_alone:
+            if processes.is_alone and (
+                done := already_finished(folder, config, data_hash=data.data_hash, models_dir=directories.models_dir)
+            ):
                 log.say(done)
                 return
             log.say(describe_plan(config, data))

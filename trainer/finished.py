@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+from shared.catalog import read_json
+from shared.errors import WeightsError
 from trainer.config import TrainConfig
 from trainer.run_folder import RunFolder, read_rows
 
@@ -15,7 +15,10 @@ def already_finished(folder: RunFolder, config: TrainConfig, *, data_hash: str, 
     export = models_dir / (config.export_name or folder.name)
     runs = [row for row in read_rows(folder.metrics) if row["kind"] == "run"]
     told = {"run": folder.name, "step": config.num_steps, "data_hash": data_hash}
-    manifest = read_manifest(export)
+    try:
+        manifest = read_json(export / "manifest.json")
+    except WeightsError:  # the export is not whole: write it again
+        return None
     is_done = bool(runs) and (runs[-1]["state"], runs[-1]["at_step"]) == ("finished", config.num_steps)
     if not is_done or {key: manifest.get(key) for key in told} != told:
         return None
@@ -24,11 +27,3 @@ def already_finished(folder: RunFolder, config: TrainConfig, *, data_hash: str, 
         f"at {manifest.get('created_at')}; to train on, raise num_steps and the stages (--set num_steps=N "
         "--set 'stages=[...]' --accept-changes), to train afresh, take another --run NAME"
     )
-
-
-def read_manifest(export: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((export / "manifest.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from service.errors import NotFound, NotReady
 from service.queue import keys
 from service.queue.job import Chunk, Ended, JobRecord, JobState, QueuedEvent
 from service.queue.job_queue import JobQueue
-from service.queue.push import PushConnection, end_task
+from service.queue.push import Inbox, PushConnection, end_task
 from service.queue.records import read_chunks, read_place, read_push, read_record
 from service.queue.scripts import AsyncScripts
 
@@ -58,48 +58,42 @@ class TokenStreams:
         cursor: int = after
         num_characters: int | None = None
         place: QueuedEvent | None = None
-        with self._watching(job_id, watch):
-            if watch:
-                await self._say_who_listens(job_id)
-            async with self._push.listen(keys.PUSH + job_id, timeout_s=SUBSCRIBE_S) as inbox:
-                while True:
-                    state, standing, entries = await self._peek(job_id, cursor)
-                    for offset, chunk in read_chunks(entries):
-                        if chunk.cursor > cursor:
-                            yield _behind(cursor, num_characters, chunk, offset)
-                            cursor, num_characters = chunk.cursor, offset + len(chunk.text)
-                    if JobState(state).is_final:
-                        yield Ended(record=self._ended(job_id, standing, entries))
-                        return
-                    if state == JobState.QUEUED:
-                        position, eta_s = read_place(standing)
-                        if place is None or place.position != position:
-                            place = QueuedEvent(position=position, eta_s=eta_s)
-                            yield place
-                    while (message := await inbox.get(POLL_S)) not in (None, END_MESSAGE):
-                        assert message is not None
-                        offset, chunk = read_push(message)
-                        if chunk.cursor <= cursor:
-                            continue
-                        if chunk.first_index > cursor:
-                            break  # something in between was not pushed to us: read it
+        async with self._listening(job_id, keys.PUSH, watch) as inbox:
+            while True:
+                state, standing, entries = await self._peek(job_id, cursor)
+                for offset, chunk in read_chunks(entries):
+                    if chunk.cursor > cursor:
                         yield _behind(cursor, num_characters, chunk, offset)
                         cursor, num_characters = chunk.cursor, offset + len(chunk.text)
+                if JobState(state).is_final:
+                    yield Ended(record=self._ended(job_id, standing, entries))
+                    return
+                if state == JobState.QUEUED:
+                    position, eta_s = read_place(standing)
+                    if place is None or place.position != position:
+                        place = QueuedEvent(position=position, eta_s=eta_s)
+                        yield place
+                while (message := await inbox.get(POLL_S)) not in (None, END_MESSAGE):
+                    assert message is not None
+                    offset, chunk = read_push(message)
+                    if chunk.cursor <= cursor:
+                        continue
+                    if chunk.first_index > cursor:
+                        break  # something in between was not pushed to us: read it
+                    yield _behind(cursor, num_characters, chunk, offset)
+                    cursor, num_characters = chunk.cursor, offset + len(chunk.text)
 
     async def wait(self, job_id: str, *, watch: bool = True) -> JobRecord:
         """Return the job once it ended; raises as `follow`.
 
         Whoever wants the whole answer hears of its end alone, so waiting costs the same however long the answer is.
         """
-        with self._watching(job_id, watch):
-            if watch:
-                await self._say_who_listens(job_id)
-            async with self._push.listen(keys.END + job_id, timeout_s=SUBSCRIBE_S) as inbox:
-                while True:
-                    state, fields, entries = await self._peek(job_id, BEHIND_ALL)
-                    if JobState(state).is_final:
-                        return self._ended(job_id, fields, entries)
-                    await inbox.get(POLL_S)
+        async with self._listening(job_id, keys.END, watch) as inbox:
+            while True:
+                state, fields, entries = await self._peek(job_id, BEHIND_ALL)
+                if JobState(state).is_final:
+                    return self._ended(job_id, fields, entries)
+                await inbox.get(POLL_S)
 
     async def aclose(self) -> None:
         """Stop the background tasks."""
@@ -131,11 +125,16 @@ class TokenStreams:
             self._queue.forget(job_id)
         return record
 
-    async def _say_who_listens(self, job_id: str) -> None:
-        """Its first listener may be gone with its process: time until the job counts as nobody's runs on."""
-        if self._queue is None or not self._queue.admitted(job_id):
-            with contextlib.suppress(NotReady):
-                await self._scripts.run("touch", keys.WATCH_MS, job_id)
+    @contextlib.asynccontextmanager
+    async def _listening(self, job_id: str, channel: str, watch: bool) -> AsyncIterator[Inbox]:
+        """Yield what is pushed about a job; as one of its listeners, while `watch` is set."""
+        with self._watching(job_id, watch):
+            if watch and not (self._queue is not None and self._queue.admitted(job_id)):
+                # Its first listener may be gone with its process: time until the job counts as nobody's runs on.
+                with contextlib.suppress(NotReady):
+                    await self._scripts.run("touch", keys.WATCH_MS, job_id)
+            async with self._push.listen(channel + job_id, timeout_s=SUBSCRIBE_S) as inbox:
+                yield inbox
 
     @contextlib.contextmanager
     def _watching(self, job_id: str, watch: bool) -> Iterator[None]:

@@ -32,9 +32,15 @@ def test_flops_per_token_of_the_original() -> None:
     assert flops_per_token(SMOLLM2_135M, 2048) / 1e9 == pytest.approx(1.232, abs=0.001)
 
 
-def test_evaluation_and_saves_do_not_count_as_training(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in the test's hands."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_evaluation_and_saves_do_not_count_as_training(now: list[float]) -> None:
     clock = Clock()
     now[0] += 10
     with clock.apart("evaluation"):
@@ -49,9 +55,7 @@ def test_evaluation_and_saves_do_not_count_as_training(monkeypatch: pytest.Monke
     assert clock.apart_s == {"evaluation": 5, "saves": 2}
 
 
-def test_a_save_within_an_evaluation_is_taken_off_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+def test_a_save_within_an_evaluation_is_taken_off_once(now: list[float]) -> None:
     clock = Clock()
     now[0] += 3
     with clock.apart("evaluation"):

@@ -8,15 +8,14 @@ namespace smollm {
 
 class Looks {
    public:
-    // `span_of` is the first row of each span.
-    void plan(const Step& step, const std::vector<int>& span_of, int num_kv_heads, int group) {
+    void plan(const Step& step, const std::vector<int>& first_row_of, int num_kv_heads, int group) {
         const int most = Queries::MOST / group * group;
         looks_.clear();
         for (int span = 0; span < step.num_spans; span++)
             for (int first = 0; first < step.spans[span].count * group; first += most)
                 for (int head = 0; head < num_kv_heads; head++) {
                     int left = step.spans[span].count * group - first;
-                    looks_.push_back({step.spans[span], span_of[span], head, first, left < most ? left : most});
+                    looks_.push_back({step.spans[span], first_row_of[span], head, first, left < most ? left : most});
                 }
     }
 

@@ -11,8 +11,9 @@ local room = take_orphans(taken, worker, model, revision, slots, tonumber(ARGV[5
 local spare, LOOK_BEHIND = tonumber(ARGV[8]), 16
 local function may_have_a_spare_slot(id)
   local key = redis.call('HGET', JOB .. id, 'key')
-  local running = redis.call('HMGET', COUNTS .. model, 'running', 'r:' .. (key or ''))
-  return not key or key == '' or 2 * (running[2] or 0) <= (running[1] or 0) + 0
+  if not key or key == '' then return true end
+  local running = redis.call('HMGET', COUNTS .. model, 'running', 'r:' .. key)
+  return 2 * tonumber(running[2] or 0) <= tonumber(running[1] or 0)
 end
 
 -- Every eighth pick starts lower down, in turn, so that neither normal nor batch starves.

@@ -11,12 +11,13 @@ local function no_room(model, who, cost, counts, max_jobs, max_cost, now)
   redis.call('ZREMRANGEBYSCORE', promises, '-inf', now - GRACE_MS)
   local due = tonumber(redis.call('ZSCORE', promises, who) or 0)
   local returns = due > 0 and due <= now + EARLY_MS
-  local num_promises, spare = redis.call('ZCARD', promises), math.floor(max_jobs / 4)
+  local num_promises = redis.call('ZCARD', promises)
+  local newcomers_jobs, newcomers_cost = max_jobs - math.floor(max_jobs / 4), max_cost * 0.75
   local most_jobs, most_cost = max_jobs, max_cost
   if returns then
     most_jobs, most_cost = 2 * max_jobs, 2 * max_cost
   elseif num_promises > 0 then
-    most_jobs, most_cost = max_jobs - spare, max_cost * 0.75
+    most_jobs, most_cost = newcomers_jobs, newcomers_cost
   end
   if counts.queued + 1 <= most_jobs and counts.queued_cost + cost <= most_cost then
     redis.call('ZREM', promises, who)
@@ -30,7 +31,7 @@ local function no_room(model, who, cost, counts, max_jobs, max_cost, now)
   end
   local apart, line = cost / counts.speed * 1000, 'promised'
   -- The first turn comes when as much was served as leaves newcomers their part of the line.
-  local ahead = math.max(counts.queued - (max_jobs - spare), (counts.queued_cost + cost - max_cost * 0.75) / cost, 0)
+  local ahead = math.max(counts.queued - newcomers_jobs, (counts.queued_cost + cost - newcomers_cost) / cost, 0)
   if returns then -- its promise was broken, the service is slower than it was: such have a line of their own
     line, ahead = 'broken', 0
   end

@@ -108,11 +108,9 @@ def test_without_retries_it_is_the_package_s_rate_limit_error(narrow: Api, worke
         openai.OpenAI(base_url=f"{narrow.url}/v1", api_key="none", max_retries=0) as sdk,
     ):
         fill(client, worker)
-        for stream in (False, True):
+        for stream, prompt in ((False, "a"), (True, "b")):  # the same prompt would have come back in its turn
             with pytest.raises(openai.RateLimitError) as refused:
-                sdk.completions.create(
-                    model="tiny", prompt="ab"[stream], stream=stream
-                )  # else it came back in its turn
+                sdk.completions.create(model="tiny", prompt=prompt, stream=stream)
             assert refused.value.code == "queue_full" and float(refused.value.response.headers["retry-after"]) >= 1
         worker.takes.set()
 

@@ -255,7 +255,7 @@ def test_the_process_serves_and_leaves_cleanly(
                 lines = stream.iter_lines()  # kept: a forgotten iterator closes the connection
                 assert next(lines)
                 process.terminate()
-                assert process.wait(30) == 0
+                assert process.wait(10) == 0
         assert "secret words" not in log.read_text(), "prompts are not logged unless asked"
         assert "Traceback" not in log.read_text(), "a stream that outlasts the grace is no fault of ours"
         assert "timeout graceful shutdown exceeded" in log.read_text()
