@@ -27,19 +27,20 @@ class Pending:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[dict[str, Any]] | None = None
+    prompt_scores: str | None = None
     finish: Finish | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
     def chunk(self) -> Chunk | None:
         """All of it as one chunk; None if there is nothing to say."""
-        if not self.token_ids and not self.text:
-            return None
-        return Chunk(
+        chunk = Chunk(
             first_index=self.first_index,
             token_ids=tuple(self.token_ids),
             text=self.text,
             logprobs=tuple(self.logprobs) if self.logprobs is not None else None,
+            prompt_scores=self.prompt_scores,
         )
+        return None if chunk.is_empty else chunk
 
 
 class Publisher:
@@ -65,6 +66,8 @@ class Publisher:
         pending.text += output.text
         if output.logprobs is not None:
             pending.logprobs = [*(pending.logprobs or ()), *output.logprobs]
+        if output.prompt_scores is not None:
+            pending.prompt_scores = output.prompt_scores.to_text()
         if output.finish_reason is not None:
             pending.finish = Finish(reason=output.finish_reason, stop_sequence=output.stop_sequence, error=output.error)
             pending.timings = {name: value for name, value in output.timings.items() if name != "decode_ms"}

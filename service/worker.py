@@ -161,6 +161,7 @@ class Worker:
                     max_new_tokens=request.max_new_tokens,
                     stop=request.stop,
                     logprobs=request.logprobs,
+                    scores_prompt=bool(request.options.get("scores_prompt", False)),
                     completion_ids=list(job.completion_ids),
                     end_token_ids=host.folder.end_token_ids,
                     ignore_eos=bool(request.options.get("ignore_eos", False)),

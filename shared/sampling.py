@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import GenerationError, WeightsError
+from shared.scores import PromptScores
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this leave one token in any case, and would divide by zero in fp32. vLLM's limit."""
@@ -27,6 +28,9 @@ BUCKET_SHIFT = 19
 
 BLOCK = 256
 """Weights are summed in blocks of this many: only the block that holds the quantile is walked one by one."""
+
+SCORED_AT_A_TIME = 32
+"""Rows of a prompt's scores turned into log-probabilities together: 6 MB of fp32 with 49,152 ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,13 +328,38 @@ def with_logprobs(logits_BV: Tensor, token_ids: Sequence[int], counts: Sequence[
     """Attach log-probabilities of the raw scores to the rows that ask for them."""
     tokens = [SampledToken(token_id) for token_id in token_ids]
     asked = [place for place, count in enumerate(counts) if count is not None]
-    logprobs_BV = torch.log_softmax(logits_BV[asked].float(), dim=-1)
-    most = min(max(counts[place] or 0 for place in asked), logits_BV.shape[1])
-    chosen_B = logprobs_BV.gather(1, torch.tensor([[token_ids[place]] for place in asked], device=logits_BV.device))
-    best = logprobs_BV.topk(most, dim=-1)
-    best_ids, best_values = best.indices.tolist(), best.values.tolist()
-    for line, (place, logprob) in enumerate(zip(asked, chosen_B.squeeze(1).tolist(), strict=True)):
+    most = max(counts[place] or 0 for place in asked)
+    rated = log_probabilities(logits_BV[asked], [token_ids[place] for place in asked], most)
+    for place, logprob, best_ids, best_values in zip(asked, *(part.tolist() for part in rated), strict=True):
         count = counts[place] or 0
-        pairs = tuple(zip(best_ids[line][:count], best_values[line][:count], strict=True))
-        tokens[place] = SampledToken(token_ids[place], logprob, pairs)
+        tokens[place] = SampledToken(
+            token_ids[place], logprob, tuple(zip(best_ids[:count], best_values[:count], strict=True))
+        )
     return tokens
+
+
+def log_probabilities(logits_BV: Tensor, token_ids: Sequence[int], num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's log-probability of its token (B), and its likeliest: their ids (B, K), their values (B, K).
+
+    In fp32, of the raw scores; K is `num_top`, or V where that is less. A token that is the likeliest has the very
+    number that stands there for it.
+    """
+    logprobs_BV = torch.log_softmax(logits_BV.float(), dim=-1)
+    best = logprobs_BV.topk(min(num_top, logits_BV.shape[1]), dim=-1)
+    chosen_B = logprobs_BV.gather(1, torch.tensor(token_ids, device=logits_BV.device).unsqueeze(1)).squeeze(1)
+    return chosen_B, best.indices, best.values
+
+
+def score_prompt(logits_TV: Tensor, token_ids: Sequence[int], num_top: int) -> PromptScores:
+    """Reduce the scores behind T tokens of a prompt to those of the tokens that follow each.
+
+    A few rows at a time: their fp32 copies then stay in a CPU's cache, which makes it twice as fast as all at once.
+
+    Raises:
+        WeightsError: the scores are not numbers.
+    """
+    pieces = [slice(start, start + SCORED_AT_A_TIME) for start in range(0, len(token_ids), SCORED_AT_A_TIME)]
+    rated = [log_probabilities(logits_TV[piece], token_ids[piece], num_top) for piece in pieces]
+    chosen_T, ids_TK, best_TK = (torch.cat(parts).cpu().numpy() for parts in zip(*rated, strict=True))
+    check_numbers(not np.isnan(chosen_T).any())
+    return PromptScores(chosen_T, ids_TK.astype(np.uint32), best_TK)

@@ -43,6 +43,7 @@ class Accepted:
     admission: Admission
     model: Model
     prompt: str | Sequence[int]
+    prompt_ids: Sequence[int]
     caller: Caller
     watch: StopWatch
     num_new_tokens: int
@@ -89,6 +90,7 @@ async def admit(
     route: str,
     num_new_tokens: int,
     logprobs: int | None,
+    scores_prompt: bool = False,
     num_choices: int = 1,
     prompt_field: str = "prompt",
 ) -> list[Accepted]:
@@ -123,6 +125,7 @@ async def admit(
                     seed=draw_seed() if asked.seed is None else (asked.seed + len(requests)) % 2**63,
                     num_new_tokens=new_tokens,
                     logprobs=logprobs,
+                    scores_prompt=scores_prompt,
                     grammar=grammar,
                     warnings=warnings,
                 )
@@ -160,6 +163,7 @@ async def admit(
             admission=admission,
             model=model,
             prompt=prompts[place // num_choices],
+            prompt_ids=requests[place].prompt_ids,
             caller=caller,
             watch=StopWatch(started),
             num_new_tokens=requests[place].max_new_tokens,
@@ -209,9 +213,10 @@ def fit(
     """Return how many tokens may be generated behind a prompt, and what the client should know about it."""
     # A job that costs more than the queue ever takes would be told for ever to come back later.
     most = min(model.context_length, state.settings.max_queued_tokens)
-    if num_prompt >= most:
+    longest = most - min(1, num_new_tokens)
+    if num_prompt > longest:
         raise InvalidValue(
-            f"The prompt has {num_prompt:,} tokens; {model.name} takes at most {most - 1:,}: its context is "
+            f"The prompt has {num_prompt:,} tokens; {model.name} takes at most {longest:,}: its context is "
             f"{most:,} tokens, prompt and completion together. Send a shorter prompt.",
             param=prompt_field,
             code="prompt_too_long",
@@ -240,6 +245,7 @@ def describe_job(
     seed: int,
     num_new_tokens: int,
     logprobs: int | None,
+    scores_prompt: bool,
     grammar: str | None,
     warnings: Sequence[str],
 ) -> JobRequest:
@@ -268,6 +274,7 @@ def describe_job(
             "ignore_eos": asked.ignore_eos,
             "stop_token_ids": asked.stop_token_ids,
             "grammar": grammar,
+            "scores_prompt": scores_prompt,
         },
     )
 

@@ -9,7 +9,8 @@ from typing import Any
 from service.api.errors import body_of
 from service.api.models import Model
 from service.errors import DeadlinePassed, JobCancelled, JobFailed, NotReady, RequestError
-from service.queue.job import Chunk, JobRecord, JobState
+from service.queue.job import Chunk, Completion, JobRecord, JobState
+from shared.scores import PromptScores
 
 IMPOSSIBLE = -9999.0
 """Stands for the logarithm of zero, which JSON has no word for."""
@@ -42,6 +43,8 @@ def describe(record: JobRecord, model: Model | None) -> dict[str, Any]:
     }
     if completion.logprobs is not None:
         answer["logprobs"] = describe_logprobs(completion.logprobs, model)
+    if completion.prompt_scores is not None:
+        answer["prompt_logprobs"] = describe_logprobs(prompt_entries(completion, request.prompt_ids), model)
     if record.state is JobState.QUEUED:
         answer |= {"position": record.position, "eta_s": record.eta_s}
     failure = failure_of(record)
@@ -97,6 +100,12 @@ def describe_chunk(chunk: Chunk, model: Model | None) -> dict[str, Any]:
     return data
 
 
+def prompt_entries(scored: Chunk | Completion, prompt_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Return a prompt's tokens as entries like those of drawn ones; none where it was not scored."""
+    text = scored.prompt_scores
+    return [] if text is None else PromptScores.from_text(text).entries(prompt_ids)
+
+
 def describe_logprobs(entries: Sequence[dict[str, Any]], model: Model | None) -> list[dict[str, Any]]:
     """Per token its log-probability and the likeliest alternatives, each with its text where the model is known."""
     return [
@@ -108,7 +117,7 @@ def describe_logprobs(entries: Sequence[dict[str, Any]], model: Model | None) ->
     ]
 
 
-def describe_token(token_id: int, logprob: float, model: Model | None) -> dict[str, Any]:
+def describe_token(token_id: int, logprob: float | None, model: Model | None) -> dict[str, Any]:
     token: dict[str, Any] = {"token_id": token_id, "logprob": finite(logprob)}
     if model is not None:
         token["token"] = bytes_of(token_id, model).decode("utf-8", "replace")
@@ -121,5 +130,5 @@ def bytes_of(token_id: int, model: Model) -> bytes:
     return table[token_id] if token_id < len(table) else b""
 
 
-def finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else IMPOSSIBLE
+def finite(logprob: float | None) -> float | None:
+    return logprob if logprob is None or math.isfinite(logprob) else IMPOSSIBLE

@@ -23,7 +23,6 @@ from service.api.answers import (
 )
 from service.api.body import COMPONENTS
 from service.api.schemas import (
-    UNSERVED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -36,6 +35,7 @@ from service.api.schemas import (
 )
 from service.api.tgi_schemas import UNSERVED as UNSERVED_TGI
 from service.api.tgi_schemas import TgiAnswer, TgiRequest
+from service.api.unserved import UNSERVED
 
 BODIES = (GenerateRequest, CompletionRequest, ChatRequest, TgiRequest, TokenizeRequest, DetokenizeRequest)
 

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from service.api.admission import Accepted, admit, find_model
-from service.api.answer import cut_short
+from service.api.answer import cut_short, prompt_entries
 from service.api.answers import ChatAnswer, CompletionAnswer, ModelAnswer, ModelsAnswer
 from service.api.body import describe_body, read_body
 from service.api.caller import Caller, CallerDep, identify
@@ -22,11 +22,11 @@ from service.api.errors import JsonResponse, body_of, response_of
 from service.api.event_stream import EventStream, event
 from service.api.follow import cancel, follow_all, wait_for
 from service.api.models import Model
-from service.api.openai_shapes import CHAT, COMPLETION, Shape, usage_of
+from service.api.openai_shapes import CHAT, COMPLETION, Shape, Text, joined, usage_of
 from service.api.schemas import ChatRequest, CompletionRequest, OpenAISampling
 from service.api.state import ApiState, state_of
 from service.errors import InvalidValue, RequestError
-from service.queue.job import Chunk, Ended, JobRecord
+from service.queue.job import Chunk, Completion, Ended, JobRecord
 from shared.errors import GenerationError
 
 router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(identify)])
@@ -62,6 +62,12 @@ class Asked:
             return ""
         prompt = self.jobs[place].prompt
         return prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt, skip_special_tokens=False)
+
+    def prompt_logprobs(self, place: int, scored: Chunk | Completion) -> dict[str, Any] | None:
+        """Those of a choice's prompt, if they stand in this."""
+        text = Text(self.model.tokenizer.stream_decoder(skip_special_tokens=False))
+        entries = prompt_entries(scored, self.jobs[place].prompt_ids)
+        return self.shape.logprobs(entries, self.model, text) if entries else None
 
 
 async def find_named(state: ApiState, name: str | None) -> Model:
@@ -123,6 +129,7 @@ async def admit_choices(
         route=route,
         num_new_tokens=body.num_new_tokens,
         logprobs=logprobs,
+        scores_prompt=body.scores_prompt,
         num_choices=body.n,
         prompt_field=field,
     )
@@ -136,7 +143,8 @@ async def admit_choices(
 )
 async def completions(request: Request, asked: Annotated[Asked, Depends(admit_completion)]) -> Response:
     """OpenAI's parameters and answers, with `top_k`, `min_p`, `repetition_penalty`, `timeout_s` and `priority` beside
-    them. `suffix` and `best_of` are refused."""
+    them. `echo` with `logprobs` scores the prompt too, with `max_tokens` 0 it alone. `suffix` and `best_of` are
+    refused."""
     return await answer(request, asked)
 
 
@@ -178,7 +186,9 @@ def whole(asked: Asked, records: list[JobRecord]) -> dict[str, Any]:
     for place, record in enumerate(records):
         assert record.finish is not None
         echoed = asked.echoed(place)
-        logprobs = asked.shape.logprobs(record.completion.logprobs, asked.model, len(echoed))
+        text = Text(asked.model.tokenizer.stream_decoder(), len(echoed))
+        drawn = asked.shape.logprobs(record.completion.logprobs, asked.model, text)
+        logprobs = joined(asked.prompt_logprobs(place, record.completion), drawn)
         choices.append(
             {
                 "index": place,
@@ -204,18 +214,19 @@ async def stream(state: ApiState, asked: Asked) -> AsyncGenerator[bytes]:
         choice = {"index": place, **delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return event({**envelope, "choices": [choice]})
 
-    offsets = []
+    texts = []
     for place in range(len(asked.jobs)):
         echoed = asked.echoed(place)
-        offsets.append(len(echoed))
-        if shape is CHAT or echoed:
+        texts.append(Text(asked.model.tokenizer.stream_decoder(), len(echoed)))
+        if shape is CHAT or (echoed and not asked.body.scores_prompt):
             yield chunk(place, shape.first_delta(echoed))
     records: dict[int, JobRecord] = {}
     async with aclosing(follow_all(state, asked.jobs)) as followed:
         async for place, one in followed:
+            if isinstance(one, Chunk) and one.prompt_scores is not None:
+                yield chunk(place, shape.first_delta(asked.echoed(place)), asked.prompt_logprobs(place, one))
             if isinstance(one, Chunk) and (one.text or one.logprobs):
-                logprobs = shape.logprobs(one.logprobs, asked.model, offsets[place])
-                offsets[place] += len(one.text)
+                logprobs = shape.logprobs(one.logprobs, asked.model, texts[place])
                 yield chunk(place, shape.delta(one.text), logprobs)
             elif isinstance(one, Ended):
                 failure = cut_short(one.record)

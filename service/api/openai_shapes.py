@@ -9,9 +9,24 @@ from typing import Any
 from service.api.answer import bytes_of, finite
 from service.api.models import Model
 from service.queue.job import JobRecord
+from shared.stream_decoder import StreamDecoder
 
 Entries = Sequence[dict[str, Any]]
 """A job's log-probabilities as the worker wrote them."""
+
+
+@dataclass
+class Text:
+    """Where a choice's text stands, token by token."""
+
+    decoder: StreamDecoder
+    length: int = 0
+
+    def push(self, token_id: int) -> int:
+        """Take a token; return the characters before it."""
+        before = self.length
+        self.length += len(self.decoder.push(token_id))
+        return before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +38,8 @@ class Shape:
     """A choice's whole text."""
     delta: Callable[[str], dict[str, Any]]
     first_delta: Callable[[str], dict[str, Any]]
-    logprobs: Callable[[Entries | None, Model, int], dict[str, Any] | None]
-    """Arguments: entries, their model, characters of the choice's text before them."""
+    logprobs: Callable[[Entries | None, Model, Text], dict[str, Any] | None]
+    """Arguments: entries, their model, the choice's text before them, which they move on."""
 
 
 def usage_of(records: Sequence[JobRecord], num_choices: int) -> dict[str, Any]:
@@ -48,24 +63,33 @@ def name_of(token_id: int, model: Model) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def completion_logprobs(entries: Entries | None, model: Model, offset: int) -> dict[str, Any] | None:
+def completion_logprobs(entries: Entries | None, model: Model, text: Text) -> dict[str, Any] | None:
     if entries is None:
         return None
-    offsets = []
-    for entry in entries:
-        offsets.append(offset)
-        offset += len(bytes_of(entry["token_id"], model).decode("utf-8", "ignore"))
     return {
         "tokens": [name_of(entry["token_id"], model) for entry in entries],
         "token_logprobs": [finite(entry["logprob"]) for entry in entries],
-        "top_logprobs": [
-            {name_of(token_id, model): finite(logprob) for token_id, logprob in entry["top"]} for entry in entries
-        ],
-        "text_offset": offsets,
+        "top_logprobs": [likeliest(entry, model) for entry in entries],
+        "text_offset": [text.push(entry["token_id"]) for entry in entries],
     }
 
 
-def chat_logprobs(entries: Entries | None, model: Model, offset: int) -> dict[str, Any] | None:  # noqa: ARG001
+def likeliest(entry: dict[str, Any], model: Model) -> dict[str, Any] | None:
+    """The alternatives of a token and the token itself, as OpenAI does; None for a prompt's first, which has none."""
+    if entry["logprob"] is None:
+        return None
+    pairs = [*entry["top"], (entry["token_id"], entry["logprob"])]
+    return {name_of(token_id, model): finite(logprob) for token_id, logprob in pairs}
+
+
+def joined(prompt: dict[str, Any] | None, drawn: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A completion's log-probabilities behind its prompt's, as far as there are any."""
+    if prompt is None or drawn is None:
+        return drawn if prompt is None else prompt
+    return {name: [*prompt[name], *drawn[name]] for name in prompt}
+
+
+def chat_logprobs(entries: Entries | None, model: Model, text: Text) -> dict[str, Any] | None:  # noqa: ARG001
     if entries is None:
         return None
 

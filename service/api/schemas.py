@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -10,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from service.api.response_format import ResponseFormat
 from service.api.strict import MAX_NAME, Float, Int, Name, Strict, Text, example
+from service.api.unserved import UNSERVED, refuse_unserved, without_nulls
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
@@ -170,6 +170,7 @@ class GenerateAnswer(BaseModel):
     usage: Usage
     timings: Timings
     logprobs: list[dict[str, Any]] | None = None
+    prompt_logprobs: list[dict[str, Any]] | None = Field(None, description="where asked for, the first one's is null")
     attempts: int = Field(description="how many workers held the job; above 1 it outlived one")
     position: int | None = Field(None, description="place in the queue while queued; 1 is next")
     eta_s: float | None = None
@@ -241,42 +242,6 @@ class StreamOptions(Strict):
     include_obfuscation: bool = Field(False, description="accepted and ignored")
 
 
-UNSERVED: dict[str, tuple[object, ...]] = {
-    "suffix": ("",),
-    "best_of": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-}
-"""Fields of OpenAI's that would change the answer, each with the values that do not."""
-
-
-def without_nulls(value: Any) -> Any:
-    """OpenAI's clients send null for "nothing said", also in messages that came from an answer."""
-    if isinstance(value, dict):
-        return {name: without_nulls(member) for name, member in value.items() if member is not None}
-    return [without_nulls(member) for member in value] if isinstance(value, list) else value
-
-
-def refuse_unserved(values: dict[str, Any], unserved: Mapping[str, tuple[object, ...]]) -> dict[str, Any]:
-    """Return the values without fields that are not served, if what they say is what happens anyway."""
-    for name in unserved.keys() & values.keys():
-        value = values[name]
-        if not any(type(value) is type(same) and value == same for same in unserved[name]):  # 0 is not False here
-            message = f"{name} is not served here; leave it out."
-            raise PydanticCustomError("unserved", "{message}", {"message": message, "field": name})
-    return {name: value for name, value in values.items() if name not in unserved}
-
-
 class OpenAISampling(Sampling):
     """OpenAI's words and defaults, and ours beside them; what cannot be served is refused, never passed over."""
 
@@ -298,6 +263,11 @@ class OpenAISampling(Sampling):
         response_format = values.get("response_format")  # a null inside a schema says something
         values = refuse_unserved(without_nulls(values), UNSERVED)
         return values if response_format is None else values | {"response_format": response_format}
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's own log-probabilities are asked for."""
+        return False
 
 
 def list_of_prompts(value: Any) -> Any:
@@ -322,9 +292,9 @@ class CompletionRequest(OpenAISampling):
         list[Any],
         BeforeValidator(list_of_prompts, json_schema_input_type=str | list[str] | list[TokenId] | list[list[TokenId]]),
     ]
-    max_tokens: Length = 16
+    max_tokens: Annotated[Int, Field(ge=0, le=MAX_TOKENS)] = Field(16, description="0, with echo: the prompt alone")
     logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    echo: bool = Field(False, description="begin the text with the prompt")
+    echo: bool = Field(False, description="begin the text with the prompt, and logprobs with the prompt's")
 
     @model_validator(mode="after")
     def few_enough(self) -> CompletionRequest:
@@ -332,14 +302,18 @@ class CompletionRequest(OpenAISampling):
             raise PydanticCustomError(
                 "value_error", "n: prompts times n may be at most {most}; send several requests.", {"most": MAX_JOBS}
             )
-        if self.echo and self.logprobs is not None:
-            message = "echo with logprobs is not served: the prompt's own are not computed; leave out one of them."
-            raise PydanticCustomError("unserved", "{message}", {"message": message, "field": "echo"})
+        if not self.max_tokens and not self.echo:
+            message = "max_tokens is 0, which leaves nothing to answer; send echo with it, or at least 1."
+            raise PydanticCustomError("invalid_value", "{message}", {"message": message, "field": "max_tokens"})
         return self
 
     @property
     def num_new_tokens(self) -> int:
         return self.max_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.echo and self.logprobs is not None
 
 
 class ContentPart(Strict):

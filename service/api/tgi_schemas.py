@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from service.api.schemas import MAX_LOGPROBS, Length, Seed, Stops, refuse_unserved, without_nulls
+from service.api.schemas import MAX_LOGPROBS, Length, Seed, Stops
 from service.api.strict import Float, Int, Strict, Text, example
+from service.api.unserved import refuse_unserved, without_nulls
 
 DEFAULT_LENGTH = 100
 """TGI's."""

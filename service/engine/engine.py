@@ -17,11 +17,11 @@ from service.engine.network import Network, TorchNetwork
 from service.engine.pace import Pace
 from service.engine.scheduler import Scheduler, Work
 from service.engine.sequence import Output, Sequence
-from service.engine.stopping import Released
+from service.engine.stopping import Ended, Released
 from shared.errors import GenerationError
 from shared.generate import check_prompt
 from shared.model import SmolLM2
-from shared.sampling import SampledToken, sample
+from shared.sampling import SampledToken, sample, score_prompt
 from shared.tokenizer import Tokenizer
 
 USUAL_PACE = {"cpu": (0.010, 0.0004), "cuda": (0.003, 0.000_01)}
@@ -145,7 +145,7 @@ class Engine:
         sequence.params.check_ids(self.model.config.vocab_size)
         sequence.max_new_tokens = min(sequence.max_new_tokens, limit - len(sequence.prompt_ids))
         released = sequence.prepare(self.tokenizer)
-        if released.ended is None:
+        if released.ended is None or sequence.prompt_scores is not None:
             if self.speculate:
                 sequence.drafter = Drafter()
                 sequence.drafter.read(sequence.tokens(0, sequence.num_tokens))
@@ -169,13 +169,15 @@ class Engine:
             return outputs
         for item in work:
             item.sequence.started_s = item.sequence.started_s or started_s
-        complete = [item for item in work if item.is_complete]
-        self.totals.num_prefill_tokens += sum(item.num_known - item.span.start for item in work) - len(complete)
+        num_complete = sum(item.is_complete for item in work)
+        self.totals.num_prefill_tokens += sum(item.num_known - item.span.start for item in work) - num_complete
         with torch.inference_mode():
             logits_BV = self.forward(work)
+            complete = self.score_prompts(logits_BV, work)
             for item in work:
                 item.sequence.num_cached = item.num_known
-            drawn = self.draw(logits_BV, complete)
+            outputs += [self.end_scored(item.sequence) for item, _ in complete if not item.sequence.max_new_tokens]
+            drawn = self.draw(logits_BV, [(item, row) for item, row in complete if item.sequence.max_new_tokens])
         self.totals.num_steps += 1
         self.totals.num_drawn_tokens += len(drawn)
         seconds = self.clock() - started_s
@@ -194,16 +196,37 @@ class Engine:
             places += range(len(ids) - item.num_scores, len(ids))
         return self.network.scores(self.cache, ids, [item.span for item in work], places)
 
-    def draw(self, logits_BV: Tensor, complete: list[Work]) -> list[Output]:
+    def score_prompts(self, logits_BV: Tensor, work: list[Work]) -> list[tuple[Work, int]]:
+        """Reduce at once what stands there for prompts that are to be scored.
+
+        Returns the sequences whose next token can be drawn, each with the row of its scores.
+        """
+        complete = []
+        for item, row in zip(work, accumulate((item.num_scores for item in work), initial=0), strict=False):
+            sequence, num_scored = item.sequence, item.num_scored
+            if num_scored and sequence.prompt_scores is not None:
+                following = sequence.tokens(item.span.start + 1, num_scored)
+                part = score_prompt(logits_BV[row : row + num_scored], following, sequence.num_top)
+                sequence.prompt_scores.append(part)
+            if item.is_complete:
+                complete.append((item, row + num_scored))
+        return complete
+
+    def end_scored(self, sequence: Sequence) -> Output:
+        """End a sequence of which nothing but its prompt's scores were wanted."""
+        sequence.first_token_s = sequence.last_token_s = self.clock()
+        self.cancel(sequence.id)
+        return describe(sequence, Released("", ended=Ended("length")))
+
+    def draw(self, logits_BV: Tensor, live: list[tuple[Work, int]]) -> list[Output]:
         """Draw a token for each sequence, and a further one as long as the one before was guessed right.
 
         A guess changes nothing but the time: every token is drawn from the scores behind those drawn before it.
+        `live` names the row of each sequence's next token.
         """
         outputs: list[Output] = []
-        first_rows = list(accumulate((item.num_scores for item in complete), initial=0))
-        live = list(zip(complete, first_rows, strict=False))
         depth = 0
-        num_right = dict.fromkeys(complete, 0)
+        num_right = {item: 0 for item, _ in live}
         while live:
             live = [(item, row) for item, row in live if self.can_follow_grammar(item.sequence, outputs)]
             rows = [row + depth for _, row in live]
@@ -279,12 +302,14 @@ class Engine:
 def describe(sequence: Sequence, released: Released, token: SampledToken | None = None) -> Output:
     """Say what is new of a sequence, before the token joins its completion."""
     kept = token if released.is_kept else None
+    told = token if sequence.scores_prompt else kept
     return Output(
         sequence_id=sequence.id,
         first_index=len(sequence.completion_ids),
         token_ids=() if kept is None else (kept.token_id,),
         text=released.text,
-        logprobs=None if kept is None or sequence.logprobs is None else (describe_logprobs(kept),),
+        logprobs=None if told is None or sequence.logprobs is None else (describe_logprobs(told),),
+        prompt_scores=sequence.take_prompt_scores(),
         finish_reason=released.ended.reason if released.ended else None,
         stop_sequence=released.ended.stop_sequence if released.ended else None,
         timings=sequence.timings if released.ended else {},

@@ -46,9 +46,17 @@ class Work:
         return self.num_known == self.sequence.num_tokens
 
     @property
+    def num_scored(self) -> int:
+        """Tokens whose successor stands in a prompt that is to be scored."""
+        if self.sequence.prompt_scores is None:
+            return 0
+        return max(0, min(self.span.end, len(self.sequence.prompt_ids) - 1) - self.span.start)
+
+    @property
     def num_scores(self) -> int:
-        """Tokens whose successor's scores are wanted: the last known one and every guess."""
-        return 1 + len(self.drafts) if self.is_complete else 0
+        """Tokens, the last of the span, whose successor's scores are wanted: `num_scored`, then the last known one and
+        every guess."""
+        return self.num_scored + (1 + len(self.drafts) if self.is_complete else 0)
 
     @property
     def token_ids(self) -> list[int]:
@@ -156,7 +164,8 @@ class Scheduler:
     def start(self, sequence: Sequence) -> bool:
         """Give a sequence a slot, with what it shares with others; False while there is no room."""
         ids = np.array(sequence.tokens(0, sequence.num_tokens), dtype=np.int64)
-        match = self.prefixes.find(ids, self.computed()) if self.share_prefixes else None
+        may_copy = self.share_prefixes and sequence.prompt_scores is None  # scores come of computing alone
+        match = self.prefixes.find(ids, self.computed()) if may_copy else None
         if match is not None:
             self.prefixes.touch(match.slot)
         slot = self.cache.take(
@@ -192,6 +201,8 @@ class Scheduler:
         """
         if not self.share_prefixes or sequence.num_cached > sequence.num_shared or sequence.slot is None:
             return False  # has begun by itself
+        if sequence.prompt_scores is not None:
+            return False  # must compute all of it
         head = sequence.tokens(0, SHORTEST)
         ids: NDArray[np.int64] = self.prefixes.ids_RP[sequence.slot, : sequence.num_tokens]
         for other in self.running:

@@ -10,6 +10,7 @@ from service.engine.drafting import Drafter
 from service.engine.stopping import Released, Stopping
 from shared.grammar import Grammar
 from shared.sampling import SamplingParams, SamplingRow
+from shared.scores import PromptScores
 from shared.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "error"]
@@ -27,6 +28,8 @@ class Sequence:
     stop: Ids[str] = ()
     logprobs: int | None = None
     """How many likeliest tokens to report beside each drawn one's log-probability; None reports nothing."""
+    scores_prompt: bool = False
+    """Whether to report the same of the prompt's tokens, and of the end token that ends the completion."""
     completion_ids: list[int] = field(default_factory=list)
     """What an earlier attempt already delivered: the engine goes on behind it."""
     end_token_ids: Ids[int] = ()
@@ -45,6 +48,8 @@ class Sequence:
     is_following: bool = False
     """Whether it waits for another sequence that is computing the same beginning."""
     num_resumed: int = field(init=False)
+    prompt_scores: list[PromptScores] | None = field(init=False, default=None)
+    """Those of the pieces of the prompt computed so far, until the first output takes them along; None: not wanted."""
     stopping: Stopping = field(init=False)
     rules: Grammar | None = field(init=False, default=None)
     """The grammar, standing behind the completion so far."""
@@ -58,6 +63,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.completion_ids = list(self.completion_ids)
         self.num_resumed = len(self.completion_ids)
+        if self.scores_prompt and not self.completion_ids:  # else they were delivered with the first token
+            self.prompt_scores = []
         self.row = SamplingRow(self.params, self.prompt_ids, self.completion_ids)
 
     def prepare(self, tokenizer: Tokenizer) -> Released:
@@ -106,6 +113,16 @@ class Sequence:
         return ids + self.completion_ids[: count - len(ids)]
 
     @property
+    def num_top(self) -> int:
+        """Likeliest tokens reported beside a log-probability."""
+        return self.logprobs or 0
+
+    def take_prompt_scores(self) -> PromptScores | None:
+        """Return the prompt's scores, once."""
+        parts, self.prompt_scores = self.prompt_scores, None
+        return None if parts is None else PromptScores.join(parts, self.num_top)
+
+    @property
     def timings(self) -> dict[str, float]:
         """Milliseconds until the first token drawn here, and from there to the last; prompt tokens that were copied."""
         if self.started_s is None or self.first_token_s is None or self.last_token_s is None:
@@ -128,7 +145,10 @@ class Output:
     text: str
     """What became certain: shorter than the tokens' own text while half a character or stop string is held back."""
     logprobs: tuple[dict[str, Any], ...] | None = None
-    """One per token: {"token_id", "logprob", "top": [[token id, logprob], ...]}."""
+    """One per token: {"token_id", "logprob", "top": [[token id, logprob], ...]}; where the prompt is scored, one more
+    for the end token."""
+    prompt_scores: PromptScores | None = None
+    """Of the whole prompt, where wanted; a sequence's first output has them, whatever else it brings."""
     finish_reason: FinishReason | None = None
     stop_sequence: str | None = None
     error: str | None = None

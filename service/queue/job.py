@@ -39,8 +39,8 @@ class JobRequest:
     logprobs: int | None = None
     """How many alternatives to report beside each token's own log-probability; None reports nothing."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the engine takes beside it (`ignore_eos`, `stop_token_ids`, `grammar`), and what only the API reads again,
-    for its answer: warnings, the client's own parameters."""
+    """What the engine takes beside it (`ignore_eos`, `stop_token_ids`, `grammar`, `scores_prompt`), and what only the
+    API reads again, for its answer: warnings, the client's own parameters."""
 
     @property
     def cost(self) -> int:
@@ -79,13 +79,20 @@ class Chunk:
     """Tokens [first_index, first_index + len(token_ids)) of a completion and the text they released.
 
     Text may be shorter than its tokens (held back while half a character or half a stop string) or longer. Text that
-    is left when a completion ends without a further token travels with no token, and only in the last chunk.
+    is left when a completion ends without a further token travels with no token, and only in the last chunk. Where
+    the prompt is scored, the last chunk may hold one more of `logprobs` than tokens: the end token's.
     """
 
     first_index: int
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[dict[str, Any], ...] | None = None
+    prompt_scores: str | None = None
+    """`shared.scores.PromptScores` as text, in a job's first chunk alone, so that they come once, as its tokens do."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.token_ids or self.text or self.logprobs or self.prompt_scores)
 
     @property
     def end_index(self) -> int:
@@ -98,18 +105,22 @@ class Chunk:
 
     def to_json(self) -> str:
         values: list[Any] = [self.first_index, self.token_ids, self.text]
-        if self.logprobs is not None:
+        if self.logprobs is not None or self.prompt_scores is not None:
             values.append(self.logprobs)
+        if self.prompt_scores is not None:
+            values.append(self.prompt_scores)
         return json.dumps(values, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Chunk:
-        first_index, token_ids, chunk_text, *logprobs = json.loads(text)
+        first_index, token_ids, chunk_text, *scores = json.loads(text)
+        logprobs, prompt_scores = [*scores, None, None][:2]
         return cls(
             first_index=first_index,
             token_ids=tuple(token_ids),
             text=chunk_text,
-            logprobs=tuple(logprobs[0]) if logprobs else None,
+            logprobs=None if logprobs is None else tuple(logprobs),
+            prompt_scores=prompt_scores,
         )
 
 
@@ -155,6 +166,7 @@ class Completion:
     token_ids: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[dict[str, Any], ...] | None = None
+    prompt_scores: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,7 @@ def join_chunks(chunks: Sequence[tuple[int, Chunk]]) -> Completion:
         token_ids=tuple(token for chunk in only_chunks for token in chunk.token_ids),
         text="".join(chunk.text for chunk in only_chunks),
         logprobs=tuple(logprobs) if any(chunk.logprobs is not None for chunk in only_chunks) else None,
+        prompt_scores=next((chunk.prompt_scores for chunk in only_chunks if chunk.prompt_scores is not None), None),
     )
 
 

@@ -175,4 +175,5 @@ def _behind(cursor: int, num_characters: int | None, chunk: Chunk, offset: int) 
         token_ids=chunk.token_ids[seen:],
         text=chunk.text[max(0, num_characters - offset) :],
         logprobs=chunk.logprobs[seen:] if chunk.logprobs is not None else None,
+        prompt_scores=None,
     )

@@ -203,13 +203,8 @@ class WorkerQueue:
                 end = self._end_of(job)
                 span: list[str | int | float] = [end, end, 0, ""]
             else:
-                has_content = bool(chunk.token_ids or chunk.text)
-                span = [
-                    chunk.first_index,
-                    chunk.end_index,
-                    len(chunk.text),
-                    chunk.to_json() if has_content else "",
-                ]
+                content = "" if chunk.is_empty else chunk.to_json()
+                span = [chunk.first_index, chunk.end_index, len(chunk.text), content]
             arguments += [job.id, job.attempt, *span, STATE_OF_REASON[finish.reason], finish.reason]
             arguments += [finish.stop_sequence or "", finish.error or ""]
             arguments += [(timings or {}).get(name, "") for name in ("prefill_ms", "cached_tokens")]

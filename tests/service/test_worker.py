@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from shared.config import ModelConfig
 from shared.generate import generate
 from shared.model import SmolLM2
 from shared.sampling import SamplingParams
+from shared.scores import PromptScores
 from tests.service.worker_process import WorkerProcess, connect, wait_for
 from tests.tiny import TINY, tiny_model, tiny_tokenizer, write_tiny_export
 
@@ -204,6 +206,46 @@ async def test_streams_survive_kill_and_hand_over(redis_url: str, start_worker: 
         for job_id in job_ids:
             record = await client.result(job_id)
             assert record.completion == undisturbed.completion and record.finish == undisturbed.finish
+
+
+async def test_a_prompt_s_scores_survive_kill_and_hand_over(
+    redis_url: str, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    """Killed while it computes them, or behind the first token, which brings them: they come once and are the same."""
+    write_long_export(tmp_path / "models")
+    workers = [start_worker(), start_worker()]
+    draw = random.Random(1)
+    prompts = [tuple(draw.randrange(512) for _ in range(1_600)) for _ in range(3)]
+    asked = [long_request(prompt_ids=prompt_ids, logprobs=2, options={"scores_prompt": True}) for prompt_ids in prompts]
+    async with connect(redis_url) as client:
+        await client.wait_for_workers(2, "long")
+        undisturbed = [await client.result(await client.admit(each)) for each in asked]
+        for each, record in zip(asked, undisturbed, strict=True):
+            assert record.completion.prompt_scores is not None
+            scores = PromptScores.from_text(record.completion.prompt_scores)
+            assert len(scores.entries(each.prompt_ids)) == 1_600 and scores.top_ids_TK.shape == (1_599, 2)
+
+        for num_tokens in (0, 6):
+            job_ids = [await client.admit(each) for each in asked]
+            record = await client.until(
+                job_ids[0],
+                lambda it, least=num_tokens: it.worker is not None and len(it.completion.token_ids) >= least,  # type: ignore[misc]
+            )
+            [victim] = [worker for worker in workers if f"-{worker.process.pid}-" in str(record.worker)]
+            workers.remove(victim)
+            victim.kill()
+            if not num_tokens:
+                workers.append(start_worker())
+            for job_id, expected in zip(job_ids, undisturbed, strict=True):
+                record = await client.result(job_id)
+                assert record.finish == expected.finish
+                assert record.completion.token_ids == expected.completion.token_ids
+                assert [entry["token_id"] for entry in record.completion.logprobs or ()] == list(
+                    record.completion.token_ids
+                )
+                told, exact = (PromptScores.from_text(it.completion.prompt_scores or "") for it in (record, expected))
+                # PyTorch's sums owe their last bits to what is computed beside.
+                np.testing.assert_allclose(told.logprobs_T, exact.logprobs_T, atol=1e-4)
 
 
 async def test_redis_may_freeze_and_go_away(start_worker: StartWorker, tmp_path: Path) -> None:

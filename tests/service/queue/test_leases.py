@@ -65,6 +65,24 @@ async def test_log_probabilities_and_text_without_tokens_arrive(bench: Bench) ->
     assert (completion.token_ids, completion.text, completion.logprobs) == ((5, 6), "held back", entries)
 
 
+async def test_a_prompt_s_scores_arrive_once(bench: Bench) -> None:
+    """With a job's first tokens, with text that no token carries, or with nothing else, and never alone in between."""
+    worker = bench.workers["worker"]
+    for chunks, ending in (
+        ([Chunk(first_index=0, token_ids=(5,), text="a", prompt_scores="1:abc")], None),
+        ([], Chunk(first_index=0, token_ids=(), text="held back", prompt_scores="1:abc")),
+        ([], Chunk(first_index=0, token_ids=(), text="", prompt_scores="1:abc")),
+        ([], Chunk(first_index=0, token_ids=(), text="", prompt_scores="1:abc", logprobs=({"token_id": 0},))),
+    ):
+        await bench.admit(logprobs=1)
+        [job] = bench.take()
+        worker.append([(job, each) for each in chunks])
+        assert worker.finish(job, DONE, chunk=ending) is Verdict.OK
+        completion = (await read(bench, job)).completion
+        assert completion.prompt_scores == "1:abc"
+        assert completion.logprobs == (ending.logprobs if ending else None)
+
+
 async def test_worker_takes_no_more_than_it_has_room_for(bench: Bench) -> None:
     for _ in range(4):
         await bench.admit()

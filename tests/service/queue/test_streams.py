@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -195,22 +196,26 @@ async def test_readers_that_leave_are_unsubscribed(bench: Bench) -> None:
     await wait_until_async(lambda: listeners(bench, job.id) == 0)
 
 
-async def test_heir_that_cuts_tokens_differently_changes_no_text(bench: Bench) -> None:
+@pytest.mark.parametrize("cut", [2, 4])
+async def test_heir_that_cuts_tokens_differently_changes_no_text(bench: Bench, cut: int) -> None:
     """After Redis lost writes that a reader already saw, the next worker's chunks overlap the reader's cursor."""
     job = await start(bench)
     events = bench.streams.follow(job.id)
-    bench.workers["worker"].append([(job, chunk(0, 5, 6, 7))])
+    bench.workers["worker"].append([(job, replace(chunk(0, 5, 6, 7), prompt_scores="1:abc"))])
     seen = [await anext(events)]
     bench.client.hset(keys.JOB + job.id, mapping={"n": 0, "chars": 0})
     bench.client.delete(keys.TOKENS + job.id)
     bench.workers["worker"].release([job])
     heir = bench.worker("heir")
     [again] = bench.take("heir")
-    heir.append([(again, chunk(0, 5, 6)), (again, chunk(2, 7, 8)), (again, chunk(4, 9))])
+    ids = (5, 6, 7, 8, 9)
+    first = replace(chunk(0, *ids[:cut]), prompt_scores="1:abc")
+    heir.append([(again, first), (again, chunk(cut, *ids[cut:]))])
     heir.finish(again, DONE)
     seen += [event async for event in events]
     assert tokens(seen) == [5, 6, 7, 8, 9]
     assert text(seen) == text_of(5, 6, 7, 8, 9)
+    assert [one.prompt_scores for one in seen if isinstance(one, Chunk) and one.prompt_scores] == ["1:abc"]
 
 
 async def test_many_streams_share_one_connection(bench: Bench) -> None:
