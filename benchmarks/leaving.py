@@ -3,16 +3,15 @@
     python -m benchmarks.leaving [slots] [disconnects] [outage] [--disconnects 10000]
 
 slots: with one slot taken and a job waiting for it, the time from the client's act until the waiting job has the slot.
-Limit: 99 % within two steps of the engine + 50 ms. disconnects: clients that hang up at random moments; afterwards no
-job is counted, no slot is taken, and Redis has the keys and the memory it had before. outage: how long a 503 takes
-while Redis is stopped, and while it hangs. Limit: 100 ms.
+Limit: 99 % within two steps of the engine + 50 ms. disconnects: clients that hang up in every part of a job's life,
+from the way there to the last byte; afterwards no job is counted, no slot is taken, and Redis has the keys and the
+memory it had before. outage: how long a 503 takes while Redis is stopped, and while it hangs. Limit: 100 ms.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import signal
 import sys
 import tempfile
@@ -22,17 +21,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
-
+from benchmarks.disconnects import disconnects
 from benchmarks.overload import share
 from service.queue import keys
-from tests.e2e.client import Connection, ConnectionLost, ask
-from tests.e2e.cluster import Cluster, get
+from tests.e2e.client import Connection, ask
+from tests.e2e.cluster import Cluster
 
 GRACE_MS: Final = 50
 RESULT_TTL_S: Final = 5
 LONG: Final = {"prompt": "First Citizen:", "max_new_tokens": 1_900, "temperature": 0.0}
-CLIENTS: Final = 64
 
 Leave = Callable[[str, Connection, str], Awaitable[float]]
 """Makes a running job unwanted; returns when, in seconds since 1970."""
@@ -109,61 +106,6 @@ def step_s(cluster: Cluster) -> float:
     lines = [line for line in text.splitlines() if line.startswith("worker_step_seconds_")]
     numbers = {line.split("{")[0]: float(line.split()[-1]) for line in lines}
     return numbers["worker_step_seconds_sum"] / numbers["worker_step_seconds_count"]
-
-
-async def disconnects(cluster: Cluster, count: int) -> bool:
-    [url] = cluster.apis
-    processes = {"api": cluster.apis[url], "worker": cluster.workers[0]}
-    left = dict.fromkeys(("before the answer", "in the middle", "at the end"), 0)
-
-    async def leave_at_random() -> None:
-        body = LONG | {"max_new_tokens": random.choice([1, 20, 400]), "stream": random.random() < 0.5, "temperature": 1}
-        async with Connection(url) as connection:
-            connection.send("POST", "/generate", body)
-            await asyncio.sleep(random.expovariate(1 / 0.05))
-            moment = "before the answer" if not connection.status else "in the middle"
-            left["at the end" if connection.complete else moment] += 1
-
-    async def run(number: int) -> None:
-        pending = iter(range(number))
-
-        async def client() -> None:
-            for _ in pending:
-                try:
-                    await leave_at_random()
-                except ConnectionLost:
-                    await asyncio.sleep(0.05)
-
-        await asyncio.gather(*(client() for _ in range(CLIENTS)))
-
-    def memory() -> dict[str, float]:
-        return {name: psutil.Process(one.pid).memory_info().rss / 2**20 for name, one in processes.items()}
-
-    async def settled() -> tuple[int, float]:
-        """Keys and memory of Redis when all is over and forgotten."""
-        await until(lambda: not any(cluster.counts().values()))
-        await asyncio.sleep(RESULT_TTL_S + 2)
-        size: Any = cluster.client.dbsize()
-        info: Any = cluster.client.info("memory")
-        return int(size), int(info["used_memory"]) / 2**20
-
-    await run(max(CLIENTS, count // 10))  # what a process needs once does not count
-    num_keys, redis_mib = await settled()
-    rss = memory()
-    left.update(dict.fromkeys(left, 0))
-    started_s = time.monotonic()
-    await run(count)
-    took_s = time.monotonic() - started_s
-    num_keys_after, redis_mib_after = await settled()
-    rss_after = memory()
-    free = get(url, "/health")[1]["workers"][0]["free"]
-    print(f"  {count} clients left in {took_s:.0f} s, {left}")
-    print(f"  jobs counted {cluster.counts()}; slots free {free} of {cluster.settings['num_slots']}")
-    print(f"  Redis: keys {num_keys} -> {num_keys_after}, memory {redis_mib:.2f} -> {redis_mib_after:.2f} MiB")
-    print(
-        "  resident: " + ", ".join(f"{name} {rss[name]:.0f} -> {rss_after[name]:.0f} MiB" for name in rss), flush=True
-    )
-    return free == cluster.settings["num_slots"] and num_keys_after <= num_keys + 2
 
 
 async def outage(cluster: Cluster, count: int) -> bool:

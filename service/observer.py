@@ -1,5 +1,5 @@
 """What a worker tells of each job in its hands: metrics, a line in the log, spans. One call each when it is taken,
-brings tokens, and leaves."""
+brings tokens, and leaves; and one after each step of an engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import dataclass
 
+from service.engine.engine import Engine, Statistics
 from service.engine.sequence import Output
 from service.metrics import WorkerMetrics
 from service.queue.job import LeasedJob
@@ -62,6 +63,28 @@ class Observer:
                 between.observe(gap_s)
         one.last_token_s = now_s
         one.num_tokens += len(output.token_ids)
+
+    def stepped(self, model: str, engine: Engine, before: Statistics, seconds: float) -> None:
+        """An engine made a step."""
+        statistics, metrics = engine.statistics, self.metrics
+        metrics.step_seconds.labels(model).observe(seconds)
+        metrics.completion_tokens.labels(model).inc(statistics.num_drawn_tokens - before.num_drawn_tokens)
+        metrics.prefill_tokens.labels(model).inc(statistics.num_prefill_tokens - before.num_prefill_tokens)
+        metrics.shared_tokens.labels(model).inc(statistics.num_shared_tokens - before.num_shared_tokens)
+        metrics.drafts.labels(model).inc(statistics.num_drafts - before.num_drafts)
+        metrics.right_drafts.labels(model).inc(statistics.num_right_drafts - before.num_right_drafts)
+        self.stands(model, engine)
+
+    def stands(self, model: str, engine: Engine) -> None:
+        """What an engine holds now."""
+        statistics, metrics = engine.statistics, self.metrics
+        metrics.running.labels(model).set(statistics.num_running)
+        metrics.waiting.labels(model).set(statistics.num_waiting)
+        metrics.cached_bytes.labels(model).set(statistics.cached_bytes)
+        metrics.kept_bytes.labels(model).set(statistics.kept_bytes)
+        metrics.cache_limit_bytes.labels(model).set(statistics.cache_limit_bytes)
+        metrics.cached_tokens.labels(model).set(statistics.cached_tokens)
+        metrics.free_slots.labels(model).set(engine.free_slots)
 
     def left(self, job_id: str, how: str) -> None:
         """A job is no longer in hand: it ended, or somebody else has it."""

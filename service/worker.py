@@ -195,23 +195,11 @@ class Worker:
             for running in [running for running in self.running.values() if running.host is host]:
                 host.engine.cancel(running.job.id)
                 self.fail(running.job.id, f"The model {host.name!r} failed: {error}.")
+            self.observer.stands(host.name, host.engine)
             return
         for output in outputs:
             self.accept(output)
-        statistics, metrics = host.engine.statistics, self.metrics
-        metrics.step_seconds.labels(host.name).observe(time.monotonic() - started_s)
-        metrics.completion_tokens.labels(host.name).inc(statistics.num_drawn_tokens - before.num_drawn_tokens)
-        metrics.prefill_tokens.labels(host.name).inc(statistics.num_prefill_tokens - before.num_prefill_tokens)
-        metrics.shared_tokens.labels(host.name).inc(statistics.num_shared_tokens - before.num_shared_tokens)
-        metrics.drafts.labels(host.name).inc(statistics.num_drafts - before.num_drafts)
-        metrics.right_drafts.labels(host.name).inc(statistics.num_right_drafts - before.num_right_drafts)
-        metrics.running.labels(host.name).set(statistics.num_running)
-        metrics.waiting.labels(host.name).set(statistics.num_waiting)
-        metrics.cached_bytes.labels(host.name).set(statistics.cached_bytes)
-        metrics.kept_bytes.labels(host.name).set(statistics.kept_bytes)
-        metrics.cache_limit_bytes.labels(host.name).set(statistics.cache_limit_bytes)
-        metrics.cached_tokens.labels(host.name).set(statistics.cached_tokens)
-        metrics.free_slots.labels(host.name).set(host.engine.free_slots)
+        self.observer.stepped(host.name, host.engine, before, time.monotonic() - started_s)
 
     def accept(self, output: Output) -> None:
         """Note what a step brought one job."""
@@ -241,6 +229,7 @@ class Worker:
         if running is not None:
             running.host.engine.cancel(job_id)
             self.observer.left(job_id, why)
+            self.observer.stands(running.host.name, running.host.engine)  # there may be no further step to tell it
 
     def fail(self, job_id: str, sentence: str) -> None:
         """End a job with an error for its client."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import signal
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from shared.generate import generate
 from shared.model import SmolLM2
 from shared.sampling import SamplingParams
 from shared.scores import PromptScores
+from tests.processes import free_port
 from tests.service.worker_process import WorkerProcess, connect, wait_for
 from tests.tiny import TINY, tiny_model, tiny_tokenizer, write_tiny_export
 
@@ -111,7 +113,8 @@ async def test_one_worker_through_its_day(redis_url: str, start_worker: StartWor
     models_dir = tmp_path / "models"
     first = write_tiny_export(models_dir)
     write_long_export(models_dir)
-    worker = start_worker(num_slots=1)
+    metrics_port = free_port()
+    worker = start_worker(num_slots=1, worker_metrics_port=metrics_port)
     async with connect(redis_url) as client:
         await client.wait_for_workers(1, "long")
         await client.wait_for_workers(1, "tiny")
@@ -135,7 +138,11 @@ async def test_one_worker_through_its_day(redis_url: str, start_worker: StartWor
         await client.queue.cancel(running)
         await client.until(waiting, lambda it: bool(it.completion.token_ids))  # the only slot became free
         assert (await client.get(running)).state is JobState.CANCELLED
+        await client.queue.cancel(waiting)
+        await wait_for(lambda: tells(metrics_port, worker_running_sequences=0, worker_cached_tokens=0))
 
+        waiting = await client.admit(long_request())
+        await client.until(waiting, lambda it: bool(it.completion.token_ids))
         second = write_tiny_export(models_dir, "tiny", seed=1)
         write_tiny_export(models_dir, "other", seed=2)
         await client.wait_for_workers(1, "other")
@@ -274,6 +281,13 @@ async def test_redis_may_freeze_and_go_away(start_worker: StartWorker, tmp_path:
                 record = await client.result(job_id)
                 assert record.completion == undisturbed.completion and record.finish == undisturbed.finish
                 assert worker.terminate() == 0, worker.log
+
+
+async def tells(port: int, **gauges: float) -> bool | None:
+    """Whether a worker's metrics say so of the long model, also when nothing happens any more."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    return all(f'{name}{{model="long"}} {float(value)}' in lines for name, value in gauges.items()) or None
 
 
 async def says(worker: WorkerProcess, words: str) -> bool | None:
