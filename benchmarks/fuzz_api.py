@@ -3,7 +3,7 @@
     python -m benchmarks.fuzz_api [equal schema] [--count N] [--seconds S] [--seed S] [--results FILE]
 
     equal     random prompts and parameters: the blocking answer, the stream and the plain generation loop must agree
-              in every token and character                                                                  100,000
+              in every token and character, and in the bits of the prompt's scores where they are asked for  100,000
     schema    schemathesis on /openapi.json, valid and invalid requests: no 5xx, nothing undescribed        1,800 s
 
 `--results` keeps the count of `equal` in a file, so that it can be made in pieces.
@@ -22,25 +22,27 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from service.engine.kv_cache import KVCache, Span
+from service.engine.network import load_network
 from shared.catalog import read_model_folder
-from shared.checkpoint import load_model
 from shared.generate import generate
-from shared.model import SmolLM2
 from shared.sampling import SamplingParams
 from shared.tokenizer import Tokenizer
 from tests.e2e.client import Connection
-from tests.e2e.cluster import Cluster
+from tests.e2e.cluster import Cluster, steady_dtype
 from tests.tiny import tiny_tokenizer, write_tiny_export
 
-NUM_CLIENTS = 4
+CPU = torch.device("cpu")
+NUM_CLIENTS = 12
 GROUP = 16
 """Prompts of one request, the most that /v1/completions takes; one of them is asked for by /generate too."""
 NUM_WANTED = 100_000
@@ -75,6 +77,8 @@ class Outcome:
 
     inputs: int = 0
     tokens: int = 0
+    scored: int = 0
+    """With the scores of the prompt."""
     stopped: int = 0
     """That ended by a stop string or an end token."""
     seconds: float = 0.0
@@ -120,55 +124,82 @@ def draw_body(draw: random.Random) -> dict[str, Any]:
     return body | {name: value for name, value in optional.items() if draw.random() < 0.3}
 
 
-def reference(
-    body: dict[str, Any], model: SmolLM2, tokenizer: Tokenizer, end: tuple[int, ...]
-) -> tuple[list[int], str]:
-    """What the plain loop makes of a request: tokens, and their text before the first stop string that is complete."""
-    names = set(SamplingParams.__dataclass_fields__) & body.keys()
-    sampling = {"temperature": 0.7, "top_p": 0.95} | {name: body[name] for name in names}
-    ids: list[int] = []
-    stops = body.get("stop", [])
-    for token_id in generate(
-        model,
-        tokenizer.encode(body["prompt"]),
-        SamplingParams(**sampling),
-        max_new_tokens=body["max_new_tokens"],
-        end_token_ids=() if body.get("ignore_eos") else end,
-    ):
-        ids.append(token_id)
-        text = tokenizer.decode(ids)
-        ends = [(place + len(stop), -len(stop)) for stop in stops if (place := text.find(stop)) >= 0]
-        if ends:
-            finish, length = min(ends)
-            return ids, text[: finish + length]
-    return ids, tokenizer.decode(ids)
+class Reference:
+    """The plain loop over a folder's weights, in the arithmetic of the worker: the whole prefix anew for every token.
+
+    The kernels compute a row to the same bits whatever is beside it, so one token that differs is a fault. PyTorch's
+    sums depend on how many rows there are, which changes a draw once in some thousands.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        described = read_model_folder(folder)
+        self.end = tuple(described.end_token_ids)
+        self.model, network = load_network(described, device=CPU, dtype=dtype)
+        self.network = network.value
+        context = self.model.config.max_position_embeddings
+        self.cache = KVCache(self.model.config, num_slots=1, max_cached_tokens=context, dtype=dtype, device=CPU)
+
+    def scores(self, ids: list[int]) -> Tensor:
+        return self.network.scores(self.cache, ids, [Span(0, 0, len(ids))], [len(ids) - 1])
+
+    def rate(self, ids: list[int]) -> list[float | None]:
+        """Return the log-probability of each token given those before it, None of the first."""
+        with torch.inference_mode():
+            logits_TV = self.network.scores(self.cache, ids, [Span(0, 0, len(ids))], range(len(ids)))
+            logprobs_TV = logits_TV[:-1].float().log_softmax(-1)
+        return [None, *logprobs_TV.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1).tolist()]
+
+    def complete(self, body: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], str]:
+        """What comes of a request: tokens, and their text before the first stop string that is complete."""
+        names = set(SamplingParams.__dataclass_fields__) & body.keys()
+        sampling = {"temperature": 0.7, "top_p": 0.95} | {name: body[name] for name in names}
+        ids: list[int] = []
+        stops = body.get("stop", [])
+        for token_id in generate(
+            self.model,
+            tokenizer.encode(body["prompt"]),
+            SamplingParams(**sampling),
+            max_new_tokens=body["max_new_tokens"],
+            end_token_ids=() if body.get("ignore_eos") else self.end,
+            scores=self.scores,
+        ):
+            ids.append(token_id)
+            text = tokenizer.decode(ids)
+            ends = [(place + len(stop), -len(stop)) for stop in stops if (place := text.find(stop)) >= 0]
+            if ends:
+                finish, length = min(ends)
+                return ids, text[: finish + length]
+        return ids, tokenizer.decode(ids)
 
 
-async def fuzz_equal(url: str, folder: Path, outcome: Outcome, *, count: int, seed: int, limit_s: float) -> None:
+async def fuzz_equal(
+    url: str, reference: Reference, outcome: Outcome, *, count: int, seed: int, limit_s: float
+) -> None:
     """Ask until `count` inputs were compared, or the time is over."""
-    described = read_model_folder(folder)
-    model = load_model(described, device=torch.device("cpu"), dtype=torch.float32)
-    end = tuple(described.end_token_ids)
     give_up_at = time.monotonic() + limit_s
     groups = iter(range(outcome.inputs // GROUP, -(-count // GROUP)))
 
     async def ask() -> None:
-        for group in groups:
-            bodies = draw_group(random.Random(seed * 1_000_003 + group))
+        for number in groups:
+            group = draw_group(random.Random(seed * 1_000_003 + number))
             expected = []
-            for body in bodies:
-                expected.append(reference(body, model, tiny_tokenizer(), end))
+            for body in group.bodies:
+                expected.append(reference.complete(body, tiny_tokenizer()))
                 await asyncio.sleep(0)
+            right: list[Any] = [
+                [together(group, reference, *each) for each in zip(group.bodies, expected, strict=True)]
+            ]
+            right = [*right * 2, [expected[number % GROUP]] * 3]
             async with Connection(url) as connection:  # not kept: the next reference may take longer than it lives
-                told = await ask_together(connection, bodies)
+                told = await ask_together(connection, group)
             async with Connection(url) as connection:
-                told.append(await ask_alone(connection, bodies[group % GROUP]))
-            right = [[text for _, text in expected]] * 2 + [[expected[group % GROUP]] * 3]
+                told.append(await ask_alone(connection, group.bodies[number % GROUP]))
             if told != right:
-                outcome.faults.append(json.dumps({"bodies": bodies, "told": told, "expected": right}))
+                outcome.faults.append(json.dumps({"bodies": group.bodies, "told": told, "expected": right}))
             outcome.inputs += GROUP
+            outcome.scored += GROUP * (group.num_top is not None)
             outcome.tokens += sum(len(ids) for ids, _ in expected)
-            outcome.stopped += sum(len(ids) < bodies[0]["max_new_tokens"] for ids, _ in expected)
+            outcome.stopped += sum(len(ids) < group.bodies[0]["max_new_tokens"] for ids, _ in expected)
             if time.monotonic() > give_up_at or len(outcome.faults) > 20:
                 return
 
@@ -177,27 +208,68 @@ async def fuzz_equal(url: str, folder: Path, outcome: Outcome, *, count: int, se
     outcome.seconds += time.monotonic() - started
 
 
-def draw_group(draw: random.Random) -> list[dict[str, Any]]:
-    """Return requests that differ in prompt and seed alone; the seeds follow each other, as /v1 gives them."""
+@dataclass(frozen=True)
+class Group:
+    """Requests that differ in prompt and seed alone; the seeds follow each other, as /v1 gives them."""
+
+    bodies: list[dict[str, Any]]
+    num_top: int | None
+    """Alternatives to ask for beside the scores of prompt and completion; None: no scores."""
+    is_prompt_alone: bool
+    """Whether /v1 is asked for no token behind the prompt."""
+
+
+def draw_group(draw: random.Random) -> Group:
     common = draw_body(draw)
     prompts = [draw_body(draw)["prompt"] for _ in range(GROUP)]
-    return [
+    bodies = [
         common | {"prompt": prompt, "seed": (common["seed"] + place) % 2**63} for place, prompt in enumerate(prompts)
     ]
+    num_top = draw.choice((0, 1, 5, 20)) if draw.random() < 0.2 else None
+    return Group(bodies, num_top, is_prompt_alone=num_top is not None and draw.random() < 0.5)
 
 
-async def ask_together(connection: Connection, bodies: list[dict[str, Any]]) -> list[Any]:
-    """Return all texts as /v1/completions answers them whole, and as it streams them."""
-    body = {"temperature": 0.7, "top_p": 0.95, **bodies[0], "prompt": [one["prompt"] for one in bodies]}
+def together(group: Group, reference: Reference, body: dict[str, Any], completed: tuple[list[int], str]) -> list[Any]:
+    """What /v1 must tell of one request: its text, and the scores of what stands in it."""
+    ids, text = completed
+    if group.num_top is None:
+        return [text, None]
+    drawn, text = ([], "") if group.is_prompt_alone else (ids, text)
+    return [body["prompt"] + text, reference.rate([*tiny_tokenizer().encode(body["prompt"]), *drawn])]
+
+
+async def ask_together(connection: Connection, group: Group) -> list[Any]:
+    """Return what /v1/completions answers whole, and what it streams: of each prompt the text and its scores."""
+    body = {"temperature": 0.7, "top_p": 0.95, **group.bodies[0], "prompt": [one["prompt"] for one in group.bodies]}
     body["max_tokens"] = body.pop("max_new_tokens")
+    if group.num_top is not None:
+        body |= {"echo": True, "logprobs": group.num_top} | ({"max_tokens": 0} if group.is_prompt_alone else {})
     answer = (await connection.ask("POST", "/v1/completions", body)).json()
-    whole = [choice["text"] for choice in answer.get("choices", [])]
+    end_names = () if body.get("ignore_eos") else ("<|endoftext|>", "<|im_end|>")
+    whole = gather(answer.get("choices", []), end_names)
     await connection.begin("POST", "/v1/completions", body | {"stream": True})
-    streamed = [""] * GROUP
-    async for event in connection.events():
-        for choice in [] if event.data == "[DONE]" else event.data.get("choices", []):
-            streamed[choice["index"]] += choice["text"]
+    events = [event.data async for event in connection.events()]
+    parts = [choice for data in events if data != "[DONE]" for choice in data.get("choices", [])]
+    streamed = gather(parts, end_names)
     return [whole, streamed]
+
+
+def gather(choices: Iterable[dict[str, Any]], end_names: Sequence[str]) -> list[Any]:
+    """Put the pieces of each choice together: text, and log-probabilities, None without any.
+
+    The entry of an end token that ended the text is checked to be there and left out: the plain loop does not tell it.
+    """
+    told: list[Any] = [["", None] for _ in range(GROUP)]
+    names: list[list[str]] = [[] for _ in range(GROUP)]
+    for choice in choices:
+        place, logprobs = choice["index"], choice["logprobs"]
+        told[place][0] += choice["text"]
+        if logprobs is not None:
+            told[place][1] = (told[place][1] or []) + logprobs["token_logprobs"]
+            names[place] += logprobs["tokens"]
+        if choice["finish_reason"] == "stop" and names[place] and names[place][-1] in end_names:
+            assert told[place][1].pop() <= 0
+    return told
 
 
 async def ask_alone(connection: Connection, body: dict[str, Any]) -> list[Any]:
@@ -249,15 +321,17 @@ def main() -> int:
     is_good = True
     with tempfile.TemporaryDirectory() as directory, tiny_service(Path(directory)) as (url, folder):
         if "equal" in options.parts:
+            reference = Reference(folder, getattr(torch, steady_dtype()))
             kept = options.results is not None and options.results.exists()
             outcome = Outcome(**json.loads(options.results.read_text())) if kept else Outcome()
             asyncio.run(
-                fuzz_equal(url, folder, outcome, count=options.count, seed=options.seed, limit_s=options.limit_s)
+                fuzz_equal(url, reference, outcome, count=options.count, seed=options.seed, limit_s=options.limit_s)
             )
             if options.results is not None:
                 options.results.write_text(json.dumps(asdict(outcome)))
             print(
                 f"equal: {outcome.inputs:,} inputs, {outcome.tokens:,} tokens, {outcome.stopped:,} stopped early, "
+                f"{outcome.scored:,} with scores, "
                 f"{len(outcome.faults)} differ, {outcome.seconds:.0f} s"
             )
             for fault in outcome.faults[:5]:
