@@ -1,18 +1,20 @@
 """How far the same request gives the same tokens: alone, batched, resumed, with shared beginnings, with guesses.
 
-    python -m benchmarks.invariance [models/smollm2-135m-instruct] [--dtype auto] [--requests 24] [--tokens 48]
+    python -m benchmarks.invariance [models/smollm2-135m-instruct] [--weights int8] [--requests 24] [--tokens 48]
 
 In fp32 a batch changes sums in the last bit only, and a draw sees that about never (`benchmarks.oracle`). In 16 bits it
 shows now and then, unless every product adds up each row in the same order whatever stands beside it. Each line runs
 the same requests, half greedy and half sampled, another way and compares with each of them alone: how many completions
-are equal, and how often a completion leaves the other, per 1,000 tokens before that.
+are equal, and how often a completion leaves the other, per 1,000 tokens before that. Exits 1 if any does.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ import torch
 
 from service.engine.engine import Engine
 from service.engine.host import load_host
+from service.engine.network import choose_serving_dtype
 from service.engine.pace import Pace
 from service.engine.sequence import Sequence
 from shared.catalog import read_model_folder
-from shared.device import choose_device, choose_dtype, choose_num_threads
+from shared.device import choose_device, choose_num_threads
 from shared.sampling import SamplingParams
 
 Answers = list[list[int]]
@@ -75,34 +78,51 @@ class Requests:
         return answers
 
 
-def compare(name: str, expected: Answers, found: Answers, *, known: int, seconds: float) -> None:
-    """Print one line; the first `known` tokens of each were given."""
-    equal, before = 0, 0
-    for one, other in zip(expected, found, strict=True):
-        same = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
-        equal += one == other
-        before += same - known
-    rate = 1_000 * (len(expected) - equal) / max(1, before)
-    print(f"{name:<44}{equal:>5} of {len(expected)}{rate:>12.2f}{seconds:>10.1f} s", flush=True)
+@dataclass
+class Comparison:
+    """Tokens compared and completions that were not equal, of all lines."""
+
+    num_tokens: int = 0
+    num_different: int = 0
+
+    def line(self, name: str, expected: Answers, found: Answers, *, known: int, seconds: float) -> None:
+        """Print one line; the first `known` tokens of each were given."""
+        equal, before = 0, 0
+        for one, other in zip(expected, found, strict=True):
+            same = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+            equal += one == other
+            before += same - known
+        self.num_tokens += before
+        self.num_different += len(expected) - equal
+        rate = 1_000 * (len(expected) - equal) / max(1, before)
+        print(f"{name:<44}{equal:>5} of {len(expected)}{rate:>12.2f}{seconds:>10.1f} s", flush=True)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--weights", choices=["dtype", "int8"], default="dtype")
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=48)
     options = parser.parse_args()
     threads, device = choose_num_threads(0), choose_device("auto")
     torch.set_num_threads(threads.value)
-    dtype = choose_dtype(device.value, options.dtype, purpose="serve")
-    print(f"{threads.value} threads, torch {torch.__version__}, {device.value}, {dtype.value}: {dtype.reason}")
+    dtype = choose_serving_dtype(device.value, options.dtype)
     host = load_host(
-        read_model_folder(options.folder), device=device.value, dtype=dtype.value, num_slots=1, max_cached_tokens=1_024
+        read_model_folder(options.folder),
+        device=device.value,
+        dtype=dtype.value,
+        weights=options.weights,
+        num_slots=1,
+        max_cached_tokens=1_024,
     )
+    computed_by = getattr(host.engine.network, "description", "PyTorch")
+    print(f"{threads.value} threads, torch {torch.__version__}, {device.value}, {dtype.value}: {computed_by}")
     requests = Requests(host.engine, num_requests=options.requests, num_tokens=options.tokens)
     alone = requests.run(requests.engine(), at_once=1)
     half = options.tokens // 2
+    comparison = Comparison()
     print(f"{'against each request alone':<44}{'equal':>11}{'per 1,000':>12}{'took':>10}")
     guessing = requests.engine(speculate=True)
     guessing.pace = guessing.scheduler.pace = EagerPace(fixed_s=0.01, each_s=0.001)
@@ -121,8 +141,10 @@ def main() -> None:
     for name, engine, at_once, known in ways:
         started = time.perf_counter()
         found = requests.run(engine, at_once=at_once, resumed=[ids[:known] for ids in alone] if known else None)
-        compare(name, alone, found, known=known, seconds=time.perf_counter() - started)
+        comparison.line(name, alone, found, known=known, seconds=time.perf_counter() - started)
+    print(f"{comparison.num_tokens:,} tokens compared, {comparison.num_different} completions different")
+    return int(comparison.num_different > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

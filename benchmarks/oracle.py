@@ -1,6 +1,6 @@
 """Is every answer of the engine the plain loop's? A thousand random requests against `shared/generate.py`, in fp32.
 
-    python -m benchmarks.oracle [--requests 1000] [--real 40] [models/smollm2-135m-instruct]
+    python -m benchmarks.oracle [--requests 1000] [--words 200] [--real 40] [models/smollm2-135m-instruct]
 
 Prompts of 1 to 1,500 tokens, greedy and sampled, every sampling parameter, stop strings, end tokens, grammars; each
 engine with other slots, memory, pieces of prompts, guesses and shared beginnings. Every request runs alone, then all of
@@ -42,6 +42,20 @@ SMALL = ModelConfig(
     num_key_value_heads=2,
     max_position_embeddings=1_600,
 )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What requests to a model of one size may cost: the plain loop computes the whole prefix for every token."""
+
+    new_tokens: tuple[int, ...]
+    prefill_chunks: tuple[int, ...]
+    busy_prefill_chunks: tuple[int | None, ...]
+
+
+CHEAP = Scale((1, 2, 10, 40, 40, 150), (1, 7, 64, 512), (None, 1, 5, 64))
+COSTLY = Scale((1, 4, 10), (24, 100, 512), (None, 24, 64))
+"""A step of the real weights for every single token of a long prompt would take hours and show nothing more."""
 GRAMMARS = (
     regex_grammar("[a-z ]{2,20}"),
     regex_grammar("Question: [0-9]{1,3} (yes|no)"),
@@ -79,11 +93,11 @@ class EagerPace(Pace):
 class Cases:
     """Random requests to one model; some begin like earlier ones."""
 
-    def __init__(self, draw: random.Random, model: SmolLM2, tokenizer: Tokenizer, lengths: tuple[int, ...]) -> None:
+    def __init__(self, draw: random.Random, model: SmolLM2, tokenizer: Tokenizer, new_tokens: tuple[int, ...]) -> None:
         self.draw = draw
         self.model = model
         self.tokenizer = tokenizer
-        self.new_tokens = lengths
+        self.new_tokens = new_tokens
         self.beginnings: list[list[int]] = []
 
     def prompt(self, longest: int) -> list[int]:
@@ -196,14 +210,14 @@ def first_stop(text: str, stop: tuple[str, ...]) -> tuple[int, str] | None:
     return None if not found else (min(found)[0] + min(found)[1], min(found)[2])
 
 
-def random_engine(draw: random.Random, model: SmolLM2, tokenizer: Tokenizer) -> Engine:
+def random_engine(draw: random.Random, model: SmolLM2, tokenizer: Tokenizer, scale: Scale = CHEAP) -> Engine:
     engine = Engine(
         model,
         tokenizer,
         num_slots=draw.choice([1, 2, 5, 9]),
         max_cached_tokens=model.config.max_position_embeddings + draw.choice([0, 100, 1_000]),
-        prefill_chunk=draw.choice([1, 7, 64, 512]),
-        busy_prefill_chunk=draw.choice([None, 1, 5, 64]),
+        prefill_chunk=draw.choice(scale.prefill_chunks),
+        busy_prefill_chunk=draw.choice(scale.busy_prefill_chunks),
         speculate=draw.random() < 0.7,
         share_prefixes=draw.random() < 0.7,
     )
@@ -240,8 +254,8 @@ def check_against_oracle(draw: random.Random, engine: Engine, cases: list[Case],
     assert not engine.cache.reserved
 
 
-def small_model() -> SmolLM2:
-    model = SmolLM2(SMALL)
+def small_model(vocab_size: int = SMALL.vocab_size) -> SmolLM2:
+    model = SmolLM2(dataclasses.replace(SMALL, vocab_size=vocab_size))
     model.initialize(5)
     return model.eval()
 
@@ -251,43 +265,58 @@ def small_tokenizer() -> Tokenizer:
     return Tokenizer.train(texts, vocab_size=SMALL.vocab_size)
 
 
-def compare(model: SmolLM2, tokenizer: Tokenizer, num_requests: int, lengths: tuple[int, ...], name: str) -> None:
+def compare(
+    model: SmolLM2, tokenizer: Tokenizer, num_requests: int, name: str, *, scale: Scale = CHEAP, seed: int = 99
+) -> None:
     """Compare in groups of 20: each request alone, then three times together in other engines."""
-    draw, started, num_tokens = random.Random(99), time.monotonic(), 0
-    cases_of = Cases(draw, model, tokenizer, lengths)
+    draw, started = random.Random(seed), time.monotonic()
+    cases_of = Cases(draw, model, tokenizer, scale.new_tokens)
     totals: dict[str, int] = defaultdict(int)
     for done in range(0, num_requests, 20):
         cases = [cases_of.case(draw.randint(31, 1_500)) for _ in range(min(20, num_requests - done))]
-        alone = random_engine(draw, model, tokenizer)
+        alone = random_engine(draw, model, tokenizer, scale)
         for case in cases:
             check_against_oracle(draw, alone, [case], resume=False)
-        together = [random_engine(draw, model, tokenizer) for _ in range(3)]
+        together = [random_engine(draw, model, tokenizer, scale) for _ in range(3)]
         for engine in together:
             check_against_oracle(draw, engine, cases)
-        num_tokens += sum(len(case.token_ids) for case in cases)
+        totals["requests"] += len(cases)
+        totals["prompt tokens"] += sum(len(case.values["prompt_ids"]) for case in cases)
+        totals["tokens"] += sum(len(case.token_ids) for case in cases)
         for engine in (alone, *together):
-            for field in ("num_drawn_tokens", "num_shared_tokens", "num_drafts", "num_right_drafts"):
-                totals[field] += getattr(engine.statistics, field)
-        seconds = time.monotonic() - started
-        print(f"{name}: {done + len(cases)} requests, {num_tokens} tokens, {seconds:.0f} s", flush=True)
-    print(f"{name}: equal alone, batched and resumed; {dict(totals)}")
+            totals["compared"] += engine.statistics.num_drawn_tokens
+            totals["copied"] += engine.statistics.num_shared_tokens
+            totals["guesses"] += engine.statistics.num_drafts
+            totals["right"] += engine.statistics.num_right_drafts
+        print(f"{name}: {describe(totals)}, {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{name}: equal alone, batched and resumed")
+
+
+def describe(totals: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in totals.items())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--requests", type=int, default=1_000, help="to a model of 0.1 million numbers")
+    parser.add_argument("--words", type=int, default=200, help="to a small model with the folder's tokenizer")
     parser.add_argument("--real", type=int, default=40, help="to the real weights")
+    parser.add_argument("--seed", type=int, default=99)
     options = parser.parse_args()
-    threads = torch.get_num_threads()
+    threads, seed = torch.get_num_threads(), options.seed
     try:
         torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
-        compare(small_model(), small_tokenizer(), options.requests, (1, 2, 10, 40), "small model")
+        if options.requests:
+            compare(small_model(), small_tokenizer(), options.requests, "small model", seed=seed)
+        if options.words:
+            tokenizer = Tokenizer.from_folder(options.folder)
+            compare(small_model(tokenizer.vocab_size), tokenizer, options.words, "its tokenizer", seed=seed)
         torch.set_num_threads(threads)
         if options.real:
             model, tokenizer = load_export(options.folder, device=torch.device("cpu"), dtype=torch.float32)
             model.config = dataclasses.replace(model.config, max_position_embeddings=1_600)
-            compare(model, tokenizer, options.real, (1, 4, 10), options.folder.name)
+            compare(model, tokenizer, options.real, options.folder.name, scale=COSTLY, seed=seed)
     except AssertionError as error:
         print(f"NOT EQUAL: {error}")
         return 1
