@@ -29,9 +29,10 @@ PROMPT = {"prompt": "First Citizen:", "max_new_tokens": 1, "temperature": 0.0}
 
 def answers(url: str, path: str, body: dict[str, Any] | None = None) -> bool:
     """Whether a request is answered with 200."""
-    request = urllib.request.Request(url + path, headers={"Content-Type": "application/json"})
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, headers={"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, data=body and json.dumps(body).encode(), timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=30) as response:
             return bool(response.status == 200 and response.read())
     except OSError:
         return False
@@ -73,13 +74,14 @@ def measure(root: Path, models_dir: Path, home: Path, *, both: bool) -> tuple[fl
 
 def report(name: str, rounds: int, run: Callable[[], tuple[float, float, str]]) -> float:
     """Print the medians and the slowest; return the slowest until ready."""
-    ready, first, log = zip(*[run() for _ in range(rounds)], strict=True)
+    runs = [run() for _ in range(rounds)]
+    ready, first, log = [ready for ready, _, _ in runs], [first for _, first, _ in runs], runs[-1][2]
     print(
         f"{name:<14}{rounds:>7}{statistics.median(ready):>9.2f} s{max(ready):>9.2f} s"
         f"{statistics.median(first):>12.2f} s{max(first):>9.2f} s",
         flush=True,
     )
-    told = [line for line in log[-1].splitlines() if "loaded" in line or "compiled the kernels" in line]
+    told = [line for line in log.splitlines() if "loaded" in line or "compiled the kernels" in line]
     print("".join(f"    {line}\n" for line in told), end="")
     return max(ready)
 

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Sequence
 
 from service.api_keys import hash_of, new_key
+from service.engine.kernels.build import compile_ahead
 from service.settings import Settings, get_settings
 from shared.errors import SmolLMError
 from shared.log import configure_logging
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             run_api(settings)
         else:
+            if settings.may_use_kernels:  # some seconds where nothing is cached, and torch's import takes one
+                compile_ahead(settings.kernels)
             from service.worker import run_worker
 
             run_worker(settings)

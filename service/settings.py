@@ -73,6 +73,13 @@ class Settings(BaseSettings):
     )
     log_prompts: bool = Field(False, description="write prompts and completions to the log")
 
+    @property
+    def may_use_kernels(self) -> bool:
+        """Whether the compiled network may come to compute, as far as settings and a glance at the devices tell."""
+        is_cpu = self.device == "cpu" or (self.device == "auto" and not Path("/dev/nvidiactl").exists())
+        is_16bit = self.dtype in ("auto", "bfloat16") or self.weights == "int8"
+        return is_cpu and is_16bit and self.kernels != "off"
+
     @field_validator("api_keys", mode="before")
     @classmethod
     def split_keys(cls, value: object) -> object:

@@ -163,8 +163,10 @@ def load_tensors(path: Path) -> dict[str, Any]:
     return payload
 
 
-def load_model(folder: ModelFolder, *, device: torch.device, dtype: torch.dtype) -> SmolLM2:
+def load_model(folder: ModelFolder, *, device: torch.device, dtype: torch.dtype | None) -> SmolLM2:
     """Load weights to serve: no gradients, evaluation mode, one copy in memory.
+
+    Without a dtype they stay what they are, mapped from the file: for who makes copies and drops the model.
 
     Raises:
         WeightsError: the file is corrupt, is no longer the one described, or has other names or shapes.
@@ -186,9 +188,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def model_from_tensors(
-    tensors: Mapping[str, Tensor], config: ModelConfig, origin: Path, *, device: torch.device, dtype: torch.dtype
+    tensors: Mapping[str, Tensor], config: ModelConfig, origin: Path, *, device: torch.device, dtype: torch.dtype | None
 ) -> SmolLM2:
-    """Build the network around copies of `tensors`, named as Hugging Face names them.
+    """Build the network around copies of `tensors`, named as Hugging Face names them; around them, without a dtype.
 
     Raises:
         WeightsError: names or shapes are not this network's; `origin` is named in the sentence.
@@ -205,7 +207,8 @@ def model_from_tensors(
             found, expected = tuple(tensor.shape), tuple(parameter.shape)
             raise WeightsError(f"{origin} has {name} as {tensor.dtype} {found}; config.json asks for {expected}")
         # A copy even where nothing changes: a file overwritten in place must not change a model that serves.
-        parameters[name] = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
+        numbers = tensor.to(device) if dtype is None else tensor.to(device, dtype, copy=True)
+        parameters[name] = nn.Parameter(numbers, requires_grad=False)
     model.load_state_dict(parameters, assign=True, strict=False)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -11,6 +11,7 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 
+from shared.cpu import cpu_flags
 from shared.errors import ConfigError
 
 T = TypeVar("T")
@@ -134,19 +135,6 @@ def cpu_dtype(purpose: Purpose) -> Choice[torch.dtype]:  # noqa: ARG001
     if flags := cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
         return Choice(torch.bfloat16, f"the CPU multiplies bfloat16 in hardware ({', '.join(sorted(flags))})")
     return Choice(torch.float32, "the CPU has no bfloat16 instructions")
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Return the CPU's instruction set flags as Linux names them; empty elsewhere."""
-    try:
-        lines = cpuinfo.read_text(errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):  # x86, Arm
-            return frozenset(value.split())
-    return frozenset()
 
 
 def choose_num_threads(requested: int, *, cgroup_root: Path = Path("/sys/fs/cgroup")) -> Choice[int]:

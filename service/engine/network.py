@@ -100,8 +100,7 @@ def load_network(
             pack_linears(model)
             name = "PyTorch with packed weights"
         return model, Choice(TorchNetwork(model), f"{name}, as {error}")
-    # Rounded to int8 once, from what the file says.
-    model = load_model(folder, device=device, dtype=torch.float32 if weights == "int8" else dtype)
+    model = load_model(folder, device=device, dtype=None)  # packed, and so rounded once, from what the file says
     compiled = CompiledDecoder(model, library, is_int8=weights == "int8")
     return model, Choice(compiled, f"compiled kernels for {library.level}, {compiled.description}")
 

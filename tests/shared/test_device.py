@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from shared import device as device_module
+from shared.cpu import cpu_flags
 from shared.device import (
     choose_device,
     choose_dtype,
     choose_num_threads,
-    cpu_flags,
     cpu_quota,
     peak_flops,
     peak_of_named_gpu,

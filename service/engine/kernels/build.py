@@ -18,10 +18,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.device import cpu_flags
+from shared.cpu import cpu_flags
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ FLAGS = (
     "-Wno-uninitialized",
 )
 COMPILE_TIMEOUT_S = 120.0
+one_at_a_time = threading.Lock()
+"""Who wants a library that is just being compiled waits for it."""
 
 
 class KernelsUnavailable(Exception):
@@ -111,11 +114,22 @@ def find_library(level: Level) -> Path:
     """
     name = library_name(level)
     cache = cache_folder()
-    for folder in (SHIPPED, cache):
-        if (folder / name).is_file():
-            return folder / name
-    compile_library(level, cache / name)
+    with one_at_a_time:
+        for folder in (SHIPPED, cache):
+            if (folder / name).is_file():
+                return folder / name
+        compile_library(level, cache / name)
     return cache / name
+
+
+def compile_ahead(wanted: str) -> None:
+    """Begin, beside what else a start has to do, to compile what `load_library` will look for; it says what fails."""
+
+    def find() -> None:
+        with contextlib.suppress(KernelsUnavailable):
+            find_library(usable_levels(wanted)[0])
+
+    threading.Thread(target=find, name="compile-ahead", daemon=True).start()
 
 
 def cache_folder() -> Path:

@@ -59,14 +59,18 @@ void smollm_set_norm(Decoder* decoder, int layer, int which, const float* number
     memcpy(to, numbers, decoder->shape.hidden_size * sizeof(float));
 }
 
-// Packs fp32 weights [num_outputs][inputs]. `part`: see enum Part, 4 is the head. Output i of `numbers` becomes output
-// first + i, or for gate and up, given as two matrices, with `first` 0 and 1, its place in alternating blocks.
-void smollm_set_matrix(Decoder* decoder, int layer, int part, int first, int num_outputs, const float* numbers) {
+// Packs weights [num_outputs][inputs]. `part`: see enum Part, 4 is the head; `kind`: see enum Kind. Output i of
+// `numbers` becomes output first + i, or for gate and up, given as two matrices, with `first` 0 and 1, its place in
+// alternating blocks.
+void smollm_set_matrix(Decoder* decoder, int layer, int part, int first, int num_outputs, int kind,
+                       const void* numbers) {
     Weights& weights = decoder->weights;
     Matrix& matrix = part == NUM_PARTS ? weights.head : weights.layers[layer].parts[part];
+    std::vector<float> row(matrix.num_inputs);
     for (int i = 0; i < num_outputs; i++) {
         int output = part == GATE_UP ? i / BLOCK * PAIR + first * BLOCK + i % BLOCK : first + i;
-        matrix.set(output, numbers + (int64_t)i * matrix.num_inputs);
+        widen((Kind)kind, numbers, (int64_t)i * matrix.num_inputs, matrix.num_inputs, row.data());
+        matrix.set(output, row.data());
     }
 }
 

@@ -19,6 +19,7 @@ from shared.model import SmolLM2
 QKV, OUT, GATE_UP, DOWN, HEAD = range(5)
 INPUT_NORM, POST_NORM, LAST_NORM = range(3)
 LONGEST_HEAD_DIM = 256
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def knows_shape(config: ModelConfig) -> bool:
@@ -78,7 +79,7 @@ class CompiledDecoder:
             self.set_norm(layer.post_attention_layernorm, POST_NORM, layer=number)
         self.set_norm(decoder.norm, LAST_NORM)
         # The embedding keeps its rows: the kernels look tokens up in them.
-        self.embedding = decoder.embed_tokens.weight.detach().to(torch.bfloat16).contiguous()
+        self.embedding = decoder.embed_tokens.weight.detach().to(torch.bfloat16, copy=True).contiguous()
         self.set_matrix(model.lm_head, HEAD)
         decoder.embed_tokens.weight = nn.Parameter(self.embedding, requires_grad=False)
         half = config.head_dim // 2
@@ -86,8 +87,9 @@ class CompiledDecoder:
         self.functions.smollm_set_tables(self.handle, self.embedding.data_ptr(), cos.data_ptr(), sin.data_ptr())
 
     def set_matrix(self, linear: nn.Linear, part: int, *, layer: int = 0, first: int = 0) -> None:
-        weight = linear.weight.detach().float().contiguous()
-        self.functions.smollm_set_matrix(self.handle, layer, part, first, len(weight), weight.data_ptr())
+        weight = linear.weight.detach().contiguous()
+        kind = KINDS[weight.dtype]
+        self.functions.smollm_set_matrix(self.handle, layer, part, first, len(weight), kind, weight.data_ptr())
         linear.weight = nn.Parameter(torch.empty(0, dtype=linear.weight.dtype), requires_grad=False)
 
     def set_norm(self, norm: Any, which: int, *, layer: int = 0) -> None:

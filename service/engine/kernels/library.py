@@ -41,7 +41,7 @@ SIGNATURES = {
     "smollm_logits_width": (c_int, [c_void_p]),
     "smollm_set_tables": (None, [c_void_p, c_void_p, c_void_p, c_void_p]),
     "smollm_set_norm": (None, [c_void_p, c_int, c_int, c_void_p]),
-    "smollm_set_matrix": (None, [c_void_p, c_int, c_int, c_int, c_int, c_void_p]),
+    "smollm_set_matrix": (None, [c_void_p, c_int, c_int, c_int, c_int, c_int, c_void_p]),
     "smollm_step": (None, [c_void_p, POINTER(Step), c_int]),
 }
 

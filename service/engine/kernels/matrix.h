@@ -15,6 +15,32 @@ constexpr int GROUPS = 16;       // 4-byte groups of inputs in a tile
 constexpr int TILE = 1024;       // bytes
 constexpr int ROWS = 32;         // rows that are computed together, at most
 
+// The floats of `count` numbers from `from` on, zeros behind them.
+inline Floats load_some(const float* from, int count) {
+    if (count >= LANES) return load<Floats>(from);
+    Floats vector = {};
+    memcpy(&vector, from, count * sizeof(float));
+    return vector;
+}
+
+enum Kind { FP32, BF16, FP16 };
+
+// Writes numbers [from, from + count) of an array of any kind as floats.
+inline void widen(Kind kind, const void* numbers, int64_t from, int count, float* to) {
+    if (kind == FP32) {
+        memcpy(to, (const float*)numbers + from, count * sizeof(float));
+        return;
+    }
+    const uint16_t* halves = (const uint16_t*)numbers + from;
+    for (int k = 0; k < count; k += LANES) {
+        const int some = count - k < LANES ? count - k : LANES;
+        Halves given = {};
+        memcpy(&given, halves + k, some * sizeof(uint16_t));
+        const Floats wide = kind == BF16 ? from_bf16(given) : from_fp16(given);
+        memcpy(to + k, &wide, some * sizeof(float));
+    }
+}
+
 struct Matrix {
     uint8_t* tiles = nullptr;
     float* scales = nullptr;  // int8: one per output
@@ -39,22 +65,34 @@ struct Matrix {
     void set(int output, const float* weights) {
         uint8_t* block = tiles + output / PAIR * pair_bytes() + output / BLOCK % 2 * TILE + output % BLOCK * 4;
         if (!is_int8) {
-            for (int k = 0; k < num_inputs; k++) {
-                uint16_t half = to_bf16(weights[k]);
-                memcpy(block + k / 32 * 2 * TILE + k % 32 / 2 * 64 + k % 2 * 2, &half, 2);
-            }
+            for (int k = 0; k < num_inputs; k += LANES)
+                set_groups(block, k, to_bf16(load_some(weights + k, num_inputs - k)));
             return;
         }
-        float largest = 0;
-        for (int k = 0; k < num_inputs; k++) largest = std::fmax(largest, std::fabs(weights[k]));
-        float scale = largest / 127;
+        Floats most = {};
+        for (int k = 0; k < num_inputs; k += LANES) {
+            Floats some = load_some(weights + k, num_inputs - k);
+            most = larger(most, larger(some, -some));
+        }
+        const float scale = maximum(most) / 127;
+        Ints total = {};
+        for (int k = 0; k < num_inputs; k += LANES) {
+            Floats some = load_some(weights + k, num_inputs - k);
+            Ints whole = scale > 0 ? rounded(some / scale) : Ints{};
+            set_groups(block, k, __builtin_convertvector(whole, Bytes));
+            total += whole;
+        }
         scales[output] = scale;
         sums[output] = 0;
-        for (int k = 0; k < num_inputs; k++) {
-            int8_t whole = scale > 0 ? (int8_t)std::lrint(weights[k] / scale) : 0;
-            block[k / 64 * 2 * TILE + k % 64 / 4 * 64 + k % 4] = (uint8_t)whole;
-            sums[output] += whole;
-        }
+        for (int lane = 0; lane < LANES; lane++) sums[output] += total[lane];
+    }
+
+   private:
+    // Puts 16 inputs of one output from input k on into their groups of 4 bytes, which lie 64 bytes apart.
+    template <class Numbers>
+    void set_groups(uint8_t* block, int k, Numbers numbers) const {
+        uint8_t* group = block + k / inputs_of_tile() * 2 * TILE + k % inputs_of_tile() * 64 / (is_int8 ? 4 : 2);
+        for (size_t i = 0; i < sizeof numbers / 4; i++) memcpy(group + i * 64, (const uint8_t*)&numbers + i * 4, 4);
     }
 };
 
@@ -69,14 +107,6 @@ struct Rows {
     static int64_t stride_of(const Matrix& matrix) { return (matrix.num_k_tiles * 64 + 64) * (matrix.is_int8 ? 2 : 1); }
     const uint8_t* row(int number) const { return data + number * stride; }
 };
-
-// The floats of `count` numbers from `from` on, zeros behind them.
-inline Floats load_some(const float* from, int count) {
-    if (count >= LANES) return load<Floats>(from);
-    Floats vector = {};
-    memcpy(&vector, from, count * sizeof(float));
-    return vector;
-}
 
 // Writes one row's inputs, times `factor` and, where given, `weights`: RMSNorm's last step.
 inline void prepare_row(const Matrix& matrix, const Rows& rows, int row, const float* x, float factor,
@@ -100,12 +130,10 @@ inline void prepare_row(const Matrix& matrix, const Rows& rows, int row, const f
     float largest = maximum(most);
     float per_unit = largest > 0 ? RANGE / largest : 0;
     rows.scales[row] = largest / RANGE;
-    typedef int8_t Bytes __attribute__((vector_size(16)));
     for (int k = 0; k < padded; k += LANES) {
         Bytes high = {}, low = {};
         if (k < size) {
-            constexpr float SHIFT = 12582912.0f;  // rounds, as in exp2
-            Ints whole = (Ints)(number(k) * per_unit + SHIFT) - (Ints)splat(SHIFT);
+            Ints whole = rounded(number(k) * per_unit);
             Ints upper = (whole + 64) >> 7;
             high = __builtin_convertvector(upper, Bytes);
             low = __builtin_convertvector(whole - (upper << 7), Bytes);

@@ -14,6 +14,7 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
 
 template <class Vector>
 inline Vector load(const void* from) {
@@ -58,6 +59,14 @@ inline uint16_t to_bf16(float number) {
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// fp16's exponent and mantissa stand in fp32's places as a number 2^112 too small; infinities and NaNs stay such.
+inline Floats from_fp16(Halves halves) {
+    const Words bits = __builtin_convertvector(halves, Words);
+    const Words size = (Words)(as_floats((bits & 0x7fff) << 13) * 0x1p112f);
+    const Words is_special = (Words)((bits & 0x7c00) == 0x7c00);
+    return as_floats(size | (is_special & 0x7f800000) | (bits & 0x8000) << 16);
+}
+
 // In a fixed order: halves, quarters, and so on.
 inline float sum(Floats v) {
     float lanes[LANES];
@@ -75,9 +84,13 @@ inline float maximum(Floats v) {
     return lanes[0];
 }
 
-// 2^x to about 2e-7, for x in [-126, 126] and clamped to it. Rounding by adding 1.5 * 2^23 leaves n in the low bits.
+// 1.5 * 2^23: added to a number below 2^22, it leaves the nearest whole number in the low bits.
+constexpr float SHIFT = 12582912.0f;
+
+inline Ints rounded(Floats x) { return (Ints)(x + SHIFT) - (Ints)splat(SHIFT); }
+
+// 2^x to about 2e-7, for x in [-126, 126] and clamped to it.
 inline Floats exp2(Floats x) {
-    constexpr float SHIFT = 12582912.0f;
     x = smaller(larger(x, splat(-126.0f)), splat(126.0f));
     Floats shifted = x + SHIFT;
     Ints n = (Ints)shifted - (Ints)splat(SHIFT);

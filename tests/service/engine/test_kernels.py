@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 from pathlib import Path
@@ -62,6 +63,23 @@ def ids_for(config: ModelConfig, count: int) -> list[int]:
 def all_scores(network: CompiledDecoder | TorchNetwork, cache: KVCache, ids: list[int]) -> Tensor:
     with torch.inference_mode():
         return network.scores(cache, ids, [Span(0, 0, len(ids))], range(len(ids))).float().clone()
+
+
+@pytest.mark.parametrize("level", [level.name for level in usable_levels()])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_weights_are_packed_as_the_floats_they_are(level: str, dtype: torch.dtype) -> None:
+    halves, floats = (model_of(WIDE).to(dtype) for _ in range(2))
+    odd = torch.tensor([6e-8, -6e-5, -0.0, 5.96e-8 * 513, 300.0], dtype=dtype)  # subnormal in fp16, and large
+    for model in (halves, floats):
+        matrices = dict(model.requires_grad_(False).named_parameters())
+        matrices["lm_head.weight"][0, : len(odd)] = odd
+        matrices["model.layers.0.mlp.gate_proj.weight"][3, -len(odd) :] = odd
+    for is_int8 in (False, True):
+        scores = [
+            all_scores(CompiledDecoder(model, load_library(level), is_int8=is_int8), cache_of(WIDE), ids_for(WIDE, 5))
+            for model in (copy.deepcopy(halves), copy.deepcopy(floats).float())
+        ]
+        assert torch.equal(*scores)
 
 
 @pytest.mark.parametrize("config", [TINY, WIDE], ids=["tiny", "wide"])
