@@ -22,11 +22,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from shared.catalog import read_model_folder
 from shared.generate import generate
 from shared.sampling import SamplingParams
 from shared.tokenizer import Tokenizer
-from tests.e2e.client import Connection
+from tests.e2e.client import Connection, ConnectionLost, Event
 from tests.e2e.cluster import Cluster, steady_dtype
 from tests.tiny import tiny_tokenizer, write_tiny_export
 
@@ -46,6 +46,8 @@ NUM_CLIENTS = 12
 GROUP = 16
 """Prompts of one request, the most that /v1/completions takes; one of them is asked for by /generate too."""
 NUM_WANTED = 100_000
+LONG_SLEEP_S = 4.0
+"""The service waits for a silent client for longer."""
 SCHEMA_S = 1_800.0
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
@@ -69,6 +71,9 @@ PIECES = (
     *("data: x\n\n", "event: done", "[DONE]", "{}", "null", "12 + 30 =", "def add(", "%s%n", "'; --"),
 )
 STOPS = ("e", " the", "\n", "🙂", "ing ", "日本", "Cit", ".", "al", "\u0000")
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -190,10 +195,7 @@ async def fuzz_equal(
                 [together(group, reference, *each) for each in zip(group.bodies, expected, strict=True)]
             ]
             right = [*right * 2, [expected[number % GROUP]] * 3]
-            async with Connection(url) as connection:  # not kept: the next reference may take longer than it lives
-                told = await ask_together(connection, group)
-            async with Connection(url) as connection:
-                told.append(await ask_alone(connection, group.bodies[number % GROUP]))
+            told = [*await ask_together(url, group), await ask_alone(url, group.bodies[number % GROUP])]
             if told != right:
                 outcome.faults.append(json.dumps({"bodies": group.bodies, "told": told, "expected": right}))
             outcome.inputs += GROUP
@@ -238,18 +240,41 @@ def together(group: Group, reference: Reference, body: dict[str, Any], completed
     return [body["prompt"] + text, reference.rate([*tiny_tokenizer().encode(body["prompt"]), *drawn])]
 
 
-async def ask_together(connection: Connection, group: Group) -> list[Any]:
+async def ask_twice(url: str, path: str, body: dict[str, Any]) -> tuple[Any, list[Event]]:
+    """Return the blocking answer and the events of the stream, each on a connection of its own."""
+
+    async def whole(connection: Connection) -> Any:
+        return (await connection.ask("POST", path, body)).json()
+
+    async def streamed(connection: Connection) -> list[Event]:
+        await connection.begin("POST", path, body | {"stream": True})
+        return [event async for event in connection.events()]
+
+    return await unless_stopped(url, whole), await unless_stopped(url, streamed)
+
+
+async def unless_stopped(url: str, ask: Callable[[Connection], Awaitable[T]]) -> T:
+    """Ask; again if this process slept (SIGSTOP, for others who measure) for so long that the service hung up."""
+    while True:
+        started = time.monotonic()
+        try:
+            async with Connection(url) as connection:
+                return await ask(connection)
+        except ConnectionLost:
+            if time.monotonic() - started < LONG_SLEEP_S:
+                raise
+
+
+async def ask_together(url: str, group: Group) -> list[Any]:
     """Return what /v1/completions answers whole, and what it streams: of each prompt the text and its scores."""
     body = {"temperature": 0.7, "top_p": 0.95, **group.bodies[0], "prompt": [one["prompt"] for one in group.bodies]}
     body["max_tokens"] = body.pop("max_new_tokens")
     if group.num_top is not None:
         body |= {"echo": True, "logprobs": group.num_top} | ({"max_tokens": 0} if group.is_prompt_alone else {})
-    answer = (await connection.ask("POST", "/v1/completions", body)).json()
+    answer, events = await ask_twice(url, "/v1/completions", body)
     end_names = () if body.get("ignore_eos") else ("<|endoftext|>", "<|im_end|>")
     whole = gather(answer.get("choices", []), end_names)
-    await connection.begin("POST", "/v1/completions", body | {"stream": True})
-    events = [event.data async for event in connection.events()]
-    parts = [choice for data in events if data != "[DONE]" for choice in data.get("choices", [])]
+    parts = [choice for event in events if event.data != "[DONE]" for choice in event.data.get("choices", [])]
     streamed = gather(parts, end_names)
     return [whole, streamed]
 
@@ -272,11 +297,9 @@ def gather(choices: Iterable[dict[str, Any]], end_names: Sequence[str]) -> list[
     return told
 
 
-async def ask_alone(connection: Connection, body: dict[str, Any]) -> list[Any]:
+async def ask_alone(url: str, body: dict[str, Any]) -> list[Any]:
     """Return (tokens, text) as /generate answers whole, as it streams them, and as the stream's end says."""
-    answer = (await connection.ask("POST", "/generate", body)).json()
-    await connection.begin("POST", "/generate", body | {"stream": True})
-    events = [event async for event in connection.events()]
+    answer, events = await ask_twice(url, "/generate", body)
     told = [event.data for event in events if event.name == "token"]
     streamed = ([token_id for data in told for token_id in data["token_ids"]], "".join(data["text"] for data in told))
     whole, done = ((said.get("token_ids"), said.get("text")) for said in (answer, events[-1].data))
