@@ -25,6 +25,10 @@ T = TypeVar("T")
 IDLE_S = 0.5
 GATHER_S = 0.05
 STOP_PATIENCE_S = 5.0
+MEASURED_S = 0.2
+"""No speed is told from less: the first tokens come in one piece."""
+SILENT_S = 2.0
+"""After so long without a token somebody wonders what happens."""
 
 ENDED = {
     "stop": "end of text",
@@ -41,7 +45,9 @@ class View:
 
     text: str
     status: str
-    """HTML."""
+    """HTML: how it goes or how it ended, never more than a line or two, so that what stands below keeps its place."""
+    details: str = ""
+    """HTML: what else there is to know of it, and its warnings; known at the end."""
     seed: str | None = None
     """The seed that repeats this answer; known at the end."""
 
@@ -59,6 +65,7 @@ class Progress:
     is_told_place: bool = False
     """The stream itself tells the place in the queue."""
     first_at: float | None = None
+    newest_at: float | None = None
     num_tokens: int | None = 0
     text: str = ""
     answer: dict[str, Any] | None = None
@@ -70,7 +77,8 @@ class Progress:
             case Queued(position, eta_s):
                 self.position, self.eta_s, self.is_told_place = position, eta_s, True
             case Piece(text, num_tokens):
-                self.first_at = self.first_at or time.monotonic()
+                self.newest_at = time.monotonic()
+                self.first_at = self.first_at or self.newest_at
                 self.text += text
                 known = self.num_tokens is not None and num_tokens is not None
                 self.num_tokens = (self.num_tokens or 0) + (num_tokens or 0) if known else None
@@ -80,17 +88,21 @@ class Progress:
 
     def view(self) -> View:
         if self.answer is not None:
-            return View(self.text, finished(self.answer), str(self.answer["seed"]))
-        if self.first_at is None:
+            return View(self.text, ending(self.answer), details(self.answer), str(self.answer["seed"]))
+        if self.first_at is None or self.newest_at is None:
             return View(self.text, notice(self._waiting(), "busy"))
-        numbers = [("First token", milliseconds(1000 * (self.first_at - self.sent_at)))]
+        silent_s = time.monotonic() - self.newest_at
+        if silent_s > SILENT_S:
+            sentence = f"No token for {silent_s:.0f} s: if its worker is gone, another one goes on from here."
+            return View(self.text, notice(sentence, "busy"))
+        numbers: list[tuple[str, ...]] = [("First token", milliseconds(1000 * (self.first_at - self.sent_at)))]
         if self.num_tokens is not None:
             seconds = time.monotonic() - self.first_at
-            speed = (self.num_tokens - 1) / seconds if seconds else 0.0
-            most = f" of at most {self.limit:,}" if self.limit else ""
+            speed = (self.num_tokens - 1) / seconds if seconds > MEASURED_S else None
+            most = f" of {self.limit:,}" if self.limit else ""
             numbers += [
-                ("Speed", f"{speed:,.0f} tokens/s" if self.num_tokens > 1 else NOT_KNOWN),
-                ("Tokens", f"{self.num_tokens:,}{most}"),
+                ("Speed", f"{speed:,.0f} tokens/s" if speed else NOT_KNOWN),
+                ("Tokens", f"{self.num_tokens:,}{most}", "so far, of at most so many"),
             ]
         return View(self.text, facts(numbers))
 
@@ -102,24 +114,31 @@ class Progress:
         return f"Place {self.position} in the queue{eta}, {waited}."
 
 
-def finished(answer: Mapping[str, Any]) -> str:
-    """Everything worth knowing about an answer, in one row, its warnings below."""
-    reason, timings, usage = answer["finish_reason"], answer["timings"], answer["usage"]
+def ending(answer: Mapping[str, Any]) -> str:
+    """Why it ended, how fast it came and how long it is: as many facts as while it was being written."""
+    reason, usage, speed = answer["finish_reason"], answer["usage"], answer["timings"]["tokens_per_second"]
     ended = ENDED.get(reason, str(reason))
     if reason == "stop" and answer.get("stop_sequence"):
         ended = f"stop text {answer['stop_sequence']!r}"
-    first_token = f"{milliseconds(timings['queue_ms'])} in the queue, {milliseconds(timings['prefill_ms'])} prefill"
-    speed, attempts = timings["tokens_per_second"], answer["attempts"]
-    revision = short_revision(answer["revision"])
-    numbers = facts(
+    return facts(
         [
             ("Ended by", ended, f"job {answer['id']}"),
-            ("First token", milliseconds(timings["ttft_ms"]), first_token),
             ("Speed", f"{speed:,.1f} tokens/s" if speed else NOT_KNOWN),
-            ("Queue", milliseconds(timings["queue_ms"])),
             ("Tokens", f"{usage['prompt_tokens']:,} + {usage['completion_tokens']:,}", "prompt + completion"),
-            ("Model", f"{answer['model']} @ {revision}" if revision else answer["model"], str(answer["revision"])),
+        ]
+    )
+
+
+def details(answer: Mapping[str, Any]) -> str:
+    """What else is worth knowing, above all what repeats the answer; warnings below."""
+    timings, attempts, revision = answer["timings"], answer["attempts"], short_revision(answer["revision"])
+    first_token = f"{milliseconds(timings['queue_ms'])} in the queue, {milliseconds(timings['prefill_ms'])} prefill"
+    numbers = facts(
+        [
+            ("First token", milliseconds(timings["ttft_ms"]), first_token),
+            ("Queue", milliseconds(timings["queue_ms"])),
             ("Seed", str(answer["seed"])),
+            ("Model", f"{answer['model']} @ {revision}" if revision else answer["model"], str(answer["revision"])),
         ]
     )
     lines = [*answer["warnings"]]

@@ -73,14 +73,25 @@ def theme() -> gr.themes.Base:
     )
     dressed: gr.themes.Base = plain.set(
         body_background_fill="*neutral_50",
+        body_text_color_subdued="*neutral_500",
+        block_info_text_color="*neutral_500",
+        slider_color_dark="*primary_500",
         block_background_fill="white",
         input_background_fill="white",
         input_border_width="1px",
         input_border_color="*neutral_200",
-        input_border_color_dark="*neutral_700",
+        input_border_color_dark="*neutral_600",
+        input_background_fill_dark="*neutral_900",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
         button_secondary_background_fill="white",
+        button_secondary_background_fill_dark="*neutral_800",
+        button_secondary_background_fill_hover_dark="*neutral_700",
         button_secondary_border_color="*neutral_300",
+        button_secondary_border_color_dark="*neutral_600",
         button_border_width="1px",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
         button_large_text_size="*text_md",
         button_large_padding="8px 16px",
         button_large_text_weight="500",
@@ -100,7 +111,7 @@ def build_page(client: ApiClient) -> gr.Blocks:
         with gr.Row(elem_id="top"):
             gr.HTML(f"<h1>{TITLE}</h1>", elem_id="title", padding=False)
             health = gr.HTML(notice("Asking the API …", "busy"), elem_id="api-status", padding=False)
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):  # all of them in sight, on a phone too
             with gr.Tab("Generate") as generate_tab:
                 models = [build_generate(client, stops)]
             with gr.Tab("Chat") as chat_tab:

@@ -11,7 +11,7 @@ import gradio as gr
 
 from frontend.answer import follow
 from frontend.client import ApiClient, Json
-from frontend.controls import parse_seed
+from frontend.controls import build_fold, parse_seed
 from frontend.markup import notice
 
 PLACEHOLDER = "Message"
@@ -24,13 +24,14 @@ def build_chat(client: ApiClient) -> gr.Dropdown:
     with gr.Row():
         with gr.Column(scale=4, min_width=300, elem_classes="panel", render=False) as panel:
             model = gr.Dropdown([], label="Model", elem_id="chat-model")
-            system = gr.Textbox(label="System message", lines=2, placeholder="none", elem_id="chat-system")
-            limit = gr.Slider(1, 2048, 256, step=1, label="New tokens, at most", elem_id="chat-max-tokens")
-            temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", elem_id="chat-temperature")
-            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top p", elem_id="chat-top-p")
-            seed = gr.Textbox(label="Seed", placeholder="random", elem_id="chat-seed")
+            with build_fold():
+                system = gr.Textbox(label="System message", lines=2, placeholder="none", elem_id="chat-system")
+                limit = gr.Slider(1, 2048, 256, step=1, label="New tokens, at most", elem_id="chat-max-tokens")
+                temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", elem_id="chat-temperature")
+                top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top p", elem_id="chat-top-p")
+                seed = gr.Textbox(label="Seed", placeholder="random", elem_id="chat-seed")
         with gr.Column(scale=8, min_width=320):
-            status = gr.HTML(elem_id="chat-status", padding=False)
+            status = gr.HTML(elem_id="chat-status", elem_classes="told", padding=False, render=False)
 
             async def reply(
                 message: str, history: list[Json], model: str | None, system: str | None, *values: Any
@@ -47,7 +48,7 @@ def build_chat(client: ApiClient) -> gr.Dropdown:
                 # The stop button of a chat closes this generator, which cancels the job.
                 async with aclosing(follow(client, client.chat(body), asyncio.Event())) as views:
                     async for view in views:
-                        yield view.text or [], view.status  # [] is no message at all
+                        yield view.text or [], view.status + view.details  # [] is no message at all
 
             chat = gr.ChatInterface(
                 reply,
@@ -67,6 +68,7 @@ def build_chat(client: ApiClient) -> gr.Dropdown:
                 autofocus=False,
                 fill_height=False,
             )  # fmt: skip
+            status.render()  # type: ignore[no-untyped-call]  # below the message: the conversation keeps its place
             # ChatInterface empties the placeholder with every message and never brings it back.
             status.change(None, js=PLACEHOLDER_BACK, outputs=chat.textbox, show_progress="hidden")
             chat.textbox.stop(lambda: notice("Stopped."), outputs=status, show_progress="hidden")

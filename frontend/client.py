@@ -187,6 +187,7 @@ def _sentence(body: Any, response: httpx2.Response) -> str:
     sentence = str(message or f"The API answered {response.status_code} without saying why").rstrip()
     if not sentence.endswith((".", "!", "?")):
         sentence += "."
-    if wait_s := response.headers.get("retry-after"):
+    wait_s = response.headers.get("retry-after")
+    if wait_s and "try again" not in sentence.lower():
         sentence += f" Try again in {wait_s} s."
     return sentence

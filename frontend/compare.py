@@ -72,7 +72,9 @@ def build_side(name: str) -> Side:
                 elem_id=f"compare-answer-{name}", elem_classes="answer",
             ),
             # Below, so that the answers stand side by side whatever there is to say of one of them.
-            status=gr.HTML(notice("Nothing generated yet."), elem_id=f"compare-status-{name}", padding=False),
+            status=gr.HTML(
+                notice("Nothing generated yet."), elem_id=f"compare-status-{name}", elem_classes="told", padding=False
+            ),
         )  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def asking(
             followed = follow(client, client.generate(body), stop_asked, limit=body["max_new_tokens"])
             async with aclosing(followed) as views:
                 async for view in views:
-                    yield view.text, view.status
+                    yield view.text, view.status + view.details
         finally:
             stops.close(request, name)
 

@@ -11,6 +11,9 @@ from gradio.components import Component
 
 DEFAULT_TIMEOUT_S = 300
 
+FOLDED_ON_PHONES = "() => ({__type__: 'update', open: !matchMedia('(max-width: 700px)').matches})"
+"""Runs in the browser, which alone knows its width; page.css stacks the columns at the same one."""
+
 
 class Scale(NamedTuple):
     """A number that is slid."""
@@ -66,6 +69,13 @@ def parse_stops(text: str | None) -> list[str]:
     r"""One stop text a line; \n and \t stand for themselves, as no line can hold a line break."""
     lines = [line for line in (text or "").split("\n") if line]
     return [line.replace("\\n", "\n").replace("\\t", "\t") for line in lines]
+
+
+def build_fold() -> gr.Accordion:
+    """Open a block for what stands beside an answer; on a phone, where it stands below, it begins folded."""
+    fold = gr.Accordion("Parameters", open=True, elem_classes="fold")
+    gr.on(None, None, js=FOLDED_ON_PHONES, outputs=fold, show_progress="hidden")  # once, when the page opens
+    return fold
 
 
 def build_controls(place: str) -> Controls:

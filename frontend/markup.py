@@ -26,8 +26,13 @@ def facts(pairs: Iterable[tuple[str, ...]]) -> str:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> str:
-    """Rows of text; `empty` is the sentence for none."""
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    """Rows of text; `empty` is the sentence for none. Every cell knows its header, which a phone shows beside it."""
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td data-label="{escape(h)}">{escape(c)}</td>' for h, c in zip(headers, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )
     if not body:
         return notice(empty)
     head = "".join(f"<th>{escape(header)}</th>" for header in headers)

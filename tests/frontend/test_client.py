@@ -108,7 +108,7 @@ async def test_waiting_jobs_tell_their_place_and_a_full_queue_when_to_come_back(
                 job_id_of(await anext(events))
                 place = await anext(events)
                 assert isinstance(place, Queued) and place.position == position
-            with pytest.raises(ApiError, match=r"(?s)^.*full.*\. Try again in \d+ s\.$"):
+            with pytest.raises(ApiError, match=r"(?s)^.*full.*; try again in [\d.]+ s\.$"):
                 await anext(client.generate(BODY))
     finally:
         stack.worker.go_on()

@@ -16,12 +16,15 @@ from tests.processes import wait_until
 pytestmark = pytest.mark.browser
 
 
-def fact(page: Page, label: str, *, place: str = "#answer-status") -> Locator:
+ANSWER = ":is(#answer-status, #answer-details)"
+
+
+def fact(page: Page, label: str, *, place: str = ANSWER) -> Locator:
     """The cell over which `label` stands."""
     return page.locator(f"{place} .facts > div", has=page.get_by_text(label, exact=True))
 
 
-def value_of(page: Page, label: str, *, place: str = "#answer-status") -> str:
+def value_of(page: Page, label: str, *, place: str = ANSWER) -> str:
     return fact(page, label, place=place).locator("dd").inner_text()
 
 
@@ -117,7 +120,7 @@ def test_every_parameter_arrives_and_the_seed_repeats_the_answer(page: Page, sta
     expected = {**numbers, "stop": ["never, never", "\n\n\n"], "timeout_s": 77, "seed": first["seed"]}
     assert {name: first["parameters"][name] for name in expected} == expected
     assert first["model"] == "tiny"
-    assert page.locator("#answer-status .notice").all_inner_texts() == first["warnings"]
+    assert page.locator("#answer-details .notice").all_inner_texts() == first["warnings"]
 
     page.locator("#keep-seed").click()
     expect(page.locator("#generate-seed textarea, #generate-seed input")).to_have_value(str(first["seed"]))
@@ -276,12 +279,71 @@ def test_the_service_tab_shows_queue_workers_and_models(page: Page) -> None:
 
 
 @pytest.mark.parametrize("page", [(390, None)], indirect=True)
-def test_the_page_fits_a_phone(page: Page) -> None:
+def test_a_phone_shows_prompt_button_and_answer_first_and_the_sliders_folded(page: Page) -> None:
     expect(page.locator("#model input")).to_have_value(re.compile("tiny"))
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    for element in ("#prompt", "#run", "#answer", "#model"):
+    fold = page.get_by_role("button", name=re.compile(r"^Parameters\W*$"))
+    expect(page.locator("#generate-temperature")).to_be_hidden()
+    tops = []
+    for element in ("#prompt", "#run", "#answer-status", "#answer", "#model"):
         box = page.locator(element).bounding_box()
         assert box and box["x"] >= 0 and box["x"] + box["width"] <= 390
+        tops.append(box["y"])
+    below = fold.bounding_box()
+    assert below and [*tops, below["y"]] == sorted([*tops, below["y"]])
+    before = page.locator("#answer").bounding_box()
+    ask(page, "First Citizen:")
+    wait_for_end(page)
+    assert page.locator("#answer").bounding_box() == before, "an answer moved under its reader's eyes"
+    fold.click()
+    expect(page.locator("#generate-temperature")).to_be_visible()
+
+
+@pytest.mark.parametrize("page", [(390, None), (768, None)], indirect=True)
+def test_no_tab_is_wider_than_its_window(page: Page) -> None:
+    width = page.viewport_size["width"] if page.viewport_size else 0
+    landmarks = {
+        "Generate": "#model input",
+        "Chat": "#chat-message",
+        "Compare": "#compare-run",
+        "Training": "#loss-plot svg",
+        "Service": "#service table.rows",
+    }
+    for tab, landmark in landmarks.items():
+        page.get_by_role("tab", name=tab).click()
+        expect(page.locator(landmark).first).to_be_visible(timeout=60_000)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
+
+
+def test_a_wide_page_shows_its_sliders(page: Page) -> None:
+    expect(page.locator("#model input")).to_have_value(re.compile("tiny"))
+    expect(page.locator("#generate-temperature")).to_be_visible()
+
+
+def test_a_stream_that_pauses_says_so_and_goes_on(page: Page, stack: Stack) -> None:
+    set_number(page, "max_new_tokens", 2048)
+    ask(page, "First Citizen:", model="slow")
+    wait_for_text(page)
+    stack.worker.pause()
+    try:
+        expect(page.locator("#answer-status")).to_contain_text("another one goes on from here")
+    finally:
+        stack.worker.go_on()
+    expect(fact(page, "Speed")).to_be_visible()
+    page.locator("#stop-answer").click()
+    wait_for_end(page)
+
+
+def test_continue_goes_on_from_the_answer(page: Page, stack: Stack) -> None:
+    set_number(page, "max_new_tokens", 8)
+    ask(page, "First Citizen:")
+    wait_for_end(page)
+    first = job_of(page, stack)
+    page.locator("#continue").click()
+    expect(fact(page, "Ended by")).not_to_have_attribute("title", f"job {first['id']}")
+    wait_for_end(page)
+    second = job_of(page, stack)
+    assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+    expect(page.locator("#prompt textarea")).to_have_value("First Citizen:" + as_shown(first["text"]))
 
 
 def test_the_page_process_speaks_to_this_machine_only(page: Page, stack: Stack) -> None:
