@@ -61,7 +61,7 @@ def seconds_to_stop(place: Path, *, during_save: bool) -> float:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "saved; the same command goes on" in errors
+    assert "saved; the same command goes on from" in errors
     return time.perf_counter() - start
 
 

@@ -184,3 +184,10 @@ def time_summary(*, total_s: float, training_s: float, apart_s: Mapping[str, flo
         f"wall time {duration(total_s)}: training {duration(training_s)}, {apart}; {num_tokens:,} tokens, "
         f"{num_tokens / training_s:,.0f} tok/s while training, {num_tokens / total_s:,.0f} tok/s over all of it"
     )
+
+
+def stopped(step: int, saved_step: int, num_steps: int) -> str:
+    """Say where a stopped run stands, and from where it will go on."""
+    if saved_step == step:
+        return f"stopped at step {step}/{num_steps} and saved; the same command goes on from here"
+    return f"stopped at step {step}/{num_steps}; step {saved_step} is saved; the same command goes on from there"

@@ -110,7 +110,8 @@ class Run:
                     self.saver.check()
                     self.observe(lambda: stop.requested)
                     stopping = stop.requested  # read once: a signal from here on counts after the next update
-                    if stopping or self.owes_save():
+                    # Where a save is under way it is the last: to do its few steps again costs less than another.
+                    if self.owes_save() or (stopping and not self.saver.is_busy):
                         self.save()
                     if stopping or self.step == self.config.num_steps:
                         break
@@ -118,10 +119,8 @@ class Run:
                 if self.step == self.config.num_steps and self.finish(lambda: stop.requested):
                     return "finished"
                 self.saver.wait()
-                self.record_run("stopped")
-                self.log.say(
-                    f"stopped at step {self.step}/{self.config.num_steps} and saved; the same command goes on from here"
-                )
+                self.record_run("stopped", at_step=self.saved_step)
+                self.log.say(report.stopped(self.step, self.saved_step, self.config.num_steps))
                 return "stopped"
             finally:
                 self.close()
@@ -350,9 +349,12 @@ class Run:
             f"  MFU        {MFU_FORMULA}; peak {self.peak.reason}"
         )
 
-    def record_run(self, state: str) -> None:
+    def record_run(self, state: str, *, at_step: int | None = None) -> None:
+        """Write a row about the run itself, at the step from which it would go on."""
         stages = [stage.model_dump(mode="json") for stage in self.config.stages]
-        self.metrics.run(state, at_step=self.step, num_steps=self.config.num_steps, stages=stages)
+        self.metrics.run(
+            state, at_step=self.step if at_step is None else at_step, num_steps=self.config.num_steps, stages=stages
+        )
 
     def finish(self, should_stop: Callable[[], bool]) -> bool:
         """Plots, the export with its check, and the account of the time; False where `should_stop` came between."""

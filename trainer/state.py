@@ -79,10 +79,11 @@ class Checkpoints:
         with atomic_folder(self.path(step)) as folder:
             if write_shards is not None:
                 write_shards(folder)
-            save_tensors(folder / "state.pt", {**payload, "in_shards": write_shards is not None})
+            shards = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+            whole = {**payload, "in_shards": write_shards is not None}
+            digests = {**shards, "state.pt": save_tensors(folder / "state.pt", whole, crc32=False)}
             files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-                for path in sorted(folder.iterdir())
+                name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in digests.items()
             }
             manifest = {"format": FORMAT, "step": step, "data_hash": payload["data_hash"], "files": files}
             write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")

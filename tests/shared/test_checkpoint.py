@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from shared.checkpoint import (
 from shared.config import SMOLLM2_135M
 from shared.errors import StorageError, TokenizerError, WeightsError
 from shared.files import sha256_file
+from shared.hashed_file import SYNC_EVERY_BYTES
 from shared.model import SmolLM2
 from shared.tokenizer import Tokenizer
 from tests.tiny import TINY, TINY_TEXTS, tiny_model, tiny_tokenizer, write_tiny_export
@@ -235,8 +237,9 @@ def pickle_to(content: Any) -> Callable[[Path], Any]:
 
 def test_tensors_and_plain_values_come_back(tmp_path: Path) -> None:
     payload = {"step": 7, "weights": {"a": torch.arange(5)}, "name": "run", "betas": (0.9, 0.95), "none": None}
-    save_tensors(tmp_path / "state.pt", payload)
+    digest = save_tensors(tmp_path / "state.pt", payload)
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    assert digest == sha256_file(tmp_path / "state.pt")
     again = load_tensors(tmp_path / "state.pt")
     assert torch.equal(again["weights"].pop("a"), payload["weights"].pop("a"))  # type: ignore[attr-defined]
     assert again == payload
@@ -245,6 +248,19 @@ def test_tensors_and_plain_values_come_back(tmp_path: Path) -> None:
     torch.save(torch.ones(1), tmp_path / "bare.pt")
     with pytest.raises(WeightsError, match="holds a Tensor"):
         load_tensors(tmp_path / "bare.pt")
+
+
+@pytest.mark.parametrize("crc32", [True, False])
+def test_a_large_file_is_hashed_as_it_is_written(tmp_path: Path, crc32: bool) -> None:
+    """Larger than what goes to the threads, and than what is sent to the disk at a time."""
+    numbers = torch.arange(3 * SYNC_EVERY_BYTES // 8)
+    path = tmp_path / "state.pt"
+    assert save_tensors(path, {"a": numbers, "b": numbers[:7].clone()}, crc32=crc32) == sha256_file(path)
+    assert torch.equal(load_tensors(path)["a"], numbers)
+    with zipfile.ZipFile(path) as archive:
+        sums = [entry.CRC for entry in archive.infolist() if entry.filename.endswith("/data/0")]
+    assert (sums != [0]) is crc32
+    assert torch.serialization.get_crc32_options()
 
 
 def test_a_folder_without_permission_is_a_storage_error(tmp_path: Path) -> None:

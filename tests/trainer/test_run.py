@@ -214,6 +214,22 @@ def test_asked_to_stop_it_saves_exits_0_and_goes_on(root: Path, whole: RunFolder
     assert weights_sha256(folder) == weights_sha256(whole)
 
 
+def test_asked_to_stop_in_a_save_it_finishes_that_one_and_goes_on_from_there(root: Path, whole: RunFolder) -> None:
+    folder = RunFolder(root / "runs" / "smoke")
+    process = command(root, "train", "smoke", *SLOWLY, "--set", "save_every=1", "--set", "evaluate_every=1000")
+    assert wait_for(lambda: any(folder.checkpoints.glob(".step-*")), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "saved; the same command goes on from" in errors
+    stopped = read_rows(folder.metrics)[-1]
+    assert stopped["state"] == "stopped"
+    assert Checkpoints(folder.checkpoints, keep=2).steps()[-1] == stopped["at_step"]
+    train_small(root)
+    assert weights_sha256(folder) == weights_sha256(whole)
+    assert losses(folder) == losses(whole)
+
+
 def test_stopped_during_evaluation_the_debt_is_paid_later(root: Path, log: RunLog, whole: RunFolder) -> None:
     run = open_run(root, log)
     for _ in range(5):
