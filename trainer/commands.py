@@ -15,7 +15,7 @@ from shared.files import storage_errors
 from shared.model import SmolLM2
 from trainer import report
 from trainer.config import NAME_PATTERN, Directories, PromptSection, TrainConfig
-from trainer.corpus.files import named_paths
+from trainer.corpus.files import check_leads_somewhere
 from trainer.evaluate import evaluate as evaluate_model
 from trainer.export import export_model
 from trainer.finished import already_finished
@@ -71,7 +71,7 @@ def train(options: Options) -> list[str]:
     """Prepare, plan, train or resume, plot, export."""
     config = load_recipe(options.recipe, options.overrides)
     for source, patterns in config.data.files.items():  # before a run of that name is compared with the recipe
-        named_paths(source, patterns)
+        check_leads_somewhere(source, patterns)
     directories = Directories()
     if options.dry_run:
         show_messages()

@@ -118,8 +118,9 @@ class Run:
                     self.advance(stop)
                 if self.step == self.config.num_steps and self.finish(lambda: stop.requested):
                     return "finished"
-                self.saver.wait()
-                self.record_run("stopped", at_step=self.saved_step)
+                with self.log.alive("finishing the checkpoint"):
+                    self.saver.wait()
+                self.record_run("stopped")
                 self.log.say(report.stopped(self.step, self.saved_step, self.config.num_steps))
                 return "stopped"
             finally:
@@ -136,8 +137,10 @@ class Run:
         """Do one update. Where anything looks at its result, make sure first that it is a result."""
         if self.processes.tell(Command.STEP):
             stop.ask()
+        compiles = self.step == self.first_step and self.trainer.hardware.compile.value
         # Processes that share a step cannot give it up one by one.
-        result = self.trainer.train_step(lambda: self.gives_up(stop))
+        with self.log.alive("compiling the network, once per start") if compiles else contextlib.nullcontext():
+            result = self.trainer.train_step(lambda: self.gives_up(stop))
         if result is None:
             return
         self.pace.note(self.step, total_s=self.clock.total_s, training_s=self.clock.training_s)
@@ -220,10 +223,10 @@ class Run:
     def observe(self, should_stop: Callable[[], bool]) -> None:
         """Evaluate and sample where this step owes it; what a signal cuts short the resumed run owes again."""
         if self.owes_evaluation() and not should_stop():
-            with self.clock.apart("evaluation"):
+            with self.clock.apart("evaluation"), self.log.alive("measuring the held-out loss"):
                 self.evaluate(should_stop)
         if self.owes_samples() and not should_stop():
-            with self.clock.apart("samples"):
+            with self.clock.apart("samples"), self.log.alive("writing samples"):
                 self.sample(should_stop)
 
     def evaluate(self, should_stop: Callable[[], bool]) -> None:
@@ -349,18 +352,16 @@ class Run:
             f"  MFU        {MFU_FORMULA}; peak {self.peak.reason}"
         )
 
-    def record_run(self, state: str, *, at_step: int | None = None) -> None:
-        """Write a row about the run itself, at the step from which it would go on."""
+    def record_run(self, state: str) -> None:
+        """Write a row about the run itself, at the step that a resume would start from."""
         stages = [stage.model_dump(mode="json") for stage in self.config.stages]
-        self.metrics.run(
-            state, at_step=self.step if at_step is None else at_step, num_steps=self.config.num_steps, stages=stages
-        )
+        self.metrics.run(state, at_step=self.saved_step, num_steps=self.config.num_steps, stages=stages)
 
     def finish(self, should_stop: Callable[[], bool]) -> bool:
         """Plots, the export with its check, and the account of the time; False where `should_stop` came between."""
-        with self.clock.apart("plots"):
+        with self.clock.apart("plots"), self.log.alive("drawing the plots"):
             plots = plot_run(self.folder)
-        with self.clock.apart("export"):
+        with self.clock.apart("export"), self.log.alive("writing and checking the export"):
             export = export_model(
                 self.export_folder,
                 self.whole_model(),

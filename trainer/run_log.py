@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -18,6 +20,7 @@ from shared.errors import SmolLMError
 from shared.files import storage_errors
 
 PLAIN_PROGRESS_EVERY_S = 10.0
+LIFE_EVERY_S = 3.0
 
 
 class RunLog:
@@ -64,6 +67,24 @@ class RunLog:
         self.console_handler.progress(text, live)
         self.spoke_at = time.monotonic()
 
+    @contextmanager
+    def alive(self, what: str, *, every_s: float = LIFE_EVERY_S) -> Iterator[None]:
+        """While the block runs, tell the console every few seconds what takes so long; nothing where it is quick."""
+        ended, started = threading.Event(), time.monotonic()
+
+        def tell() -> None:
+            while not ended.wait(every_s):
+                self.console_handler.alive(f"{what}: {time.monotonic() - started:.0f} s so far")
+                self.spoke_at = time.monotonic()
+
+        teller = threading.Thread(target=tell, name="alive", daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            teller.join()
+
     def to_file(self, text: str) -> None:
         self.file_handler.handle(self.logger.makeRecord("trainer", logging.INFO, "", 0, text, (), None))
 
@@ -90,6 +111,15 @@ class ConsoleHandler(logging.Handler):
         prefix = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
         self.stream.write(prefix + record.getMessage() + "\n")
         self.stream.flush()
+
+    def alive(self, text: str) -> None:
+        """A line of life, from another thread than the one that works."""
+        self.acquire()
+        try:
+            self.last_plain = float("-inf")  # who tells it has waited long enough
+            self.progress(text)
+        finally:
+            self.release()
 
     def progress(self, text: str, live: Callable[[int], str] | None = None) -> None:
         if self.live:

@@ -15,6 +15,7 @@ import pytest
 
 from shared.config import SMOLLM2_135M
 from shared.errors import ConfigError
+from tests.processes import wait_until
 from tests.trainer.small_run import ROOT
 from trainer.curriculum import Stage
 from trainer.evaluate import HeldOut
@@ -253,6 +254,21 @@ def test_elsewhere_progress_is_a_plain_line_now_and_then(tmp_path: Path) -> None
         log.progress("step 1")
         log.progress("step 2")
     assert stream.getvalue() == "step 1\n"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_takes_long_says_so_and_what_is_quick_does_not(tmp_path: Path, is_terminal: bool) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal  # type: ignore[method-assign]
+    with RunLog(tmp_path / "training.log", stream) as log:
+        with log.alive("quick", every_s=60):
+            pass
+        with log.alive("compiling", every_s=0.01):
+            wait_until(lambda: stream.getvalue().count("compiling: 0 s so far") > 1, "two signs of life")
+        log.say("done")
+    assert "quick" not in stream.getvalue()
+    assert stream.getvalue().endswith("\ndone\n")
+    assert "compiling" not in (tmp_path / "training.log").read_text()
 
 
 def test_the_first_signal_asks_and_the_second_insists() -> None:

@@ -14,7 +14,7 @@ from shared.errors import DataError
 from tests.trainer.small_run import small_directories
 from trainer.__main__ import build_parser, main
 from trainer.corpus.documents import MAX_CHARACTERS, FileDocuments, read_documents
-from trainer.corpus.files import named_files
+from trainer.corpus.files import check_leads_somewhere, named_files
 
 PARAGRAPHS = st.lists(
     st.sampled_from(
@@ -63,6 +63,17 @@ def test_what_leads_nowhere_is_named(tmp_path: Path, pattern: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"data\.files of 'code'.*leads to no text file"):
         named_files("code", [str(tmp_path / pattern)])
+
+
+def test_a_mistyped_path_is_refused_before_anything_is_walked_through(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        check_leads_somewhere("code", [str(folder), str(folder / "**/*.jsonl"), str(folder / "b.py")])
+    assert not caplog.messages, "it looked into the files of a folder"
+    for wrong in ("missing.txt", "*.nothing"):
+        with pytest.raises(DataError, match=r"data\.files of 'code'.*leads to no text file"):
+            check_leads_somewhere("code", [str(folder), str(folder / wrong)])
 
 
 @pytest.mark.parametrize(

@@ -69,12 +69,28 @@ def named_paths(source: str, patterns: Sequence[str]) -> tuple[Path, ...]:
     for pattern in patterns:
         found = files_of(Path(pattern).expanduser())
         if not found:
-            raise DataError(f"data.files of {source!r}: {pattern} leads to no text file; give a file, folder or glob")
+            raise leads_nowhere(source, pattern)
         paths |= dict.fromkeys(found)
     for path in paths:
         if path.stat().st_size == 0 and len(paths) == 1:
             raise DataError(f"{path} is empty: fill it, or take it out of data.files")
     return tuple(paths)
+
+
+def check_leads_somewhere(source: str, patterns: Sequence[str]) -> None:
+    """Refuse a mistyped path at once, without walking through what the others stand for.
+
+    Raises:
+        DataError: one of them leads to nothing.
+    """
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if not path.exists() and not any(glob.iglob(str(path), recursive=True)):
+            raise leads_nowhere(source, pattern)
+
+
+def leads_nowhere(source: str, pattern: str) -> DataError:
+    return DataError(f"data.files of {source!r}: {pattern} leads to no text file; give a file, folder or glob")
 
 
 def files_of(path: Path) -> list[Path]:
