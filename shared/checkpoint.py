@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import safetensors.torch
 import torch
@@ -147,7 +147,7 @@ def save_tensors(path: Path, payload: dict[str, Any], *, crc32: bool = True) -> 
             with hashed_file(temporary) as file:
                 try:
                     with crc32_written(crc32):
-                        torch.save(payload, file)
+                        torch.save(payload, cast("IO[bytes]", file))  # it only writes and flushes
                 except RuntimeError as error:  # torch's zip writer covers up what the disk said
                     raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
                 digest = file.finish()
