@@ -22,7 +22,7 @@ define install
 	@$(PY) -m pip install -c constraints.txt -e '.[$(1)]' > $(VENV)/install.log 2>&1 & pid=$$!; \
 		trap 'kill $$pid 2>/dev/null' INT TERM; \
 		while kill -0 $$pid 2>/dev/null; do \
-			if [ -t 1 ]; then printf '\r  %s packages' "$$(grep -c -E '^Collecting' $(VENV)/install.log || true)"; fi; sleep 1; \
+			if [ -t 1 ]; then printf '\r  %s packages, %s s' "$$(grep -c -E '^Collecting' $(VENV)/install.log || true)" "$$SECONDS"; fi; sleep 1; \
 		done; \
 		wait $$pid || { echo; tail -n 20 $(VENV)/install.log; echo "the installation failed; all of it: $(VENV)/install.log"; exit 1; }; \
 		if [ -t 1 ]; then echo; fi

@@ -283,12 +283,28 @@ def demo(settings: Settings, page: PageSettings) -> int:
 
 
 def run_python(module: str, *arguments: str, capture: bool = False) -> str:
-    """Run `python -m module ...`; its errors are already sentences, so its exit code is all that is passed on."""
+    """Run `python -m module ...`; its errors are already sentences, so its exit code is all that is passed on.
+
+    Whoever stops this process waits until that one has ended in its own way: a training saves first. (The library's
+    `subprocess.run` kills it a quarter of a second after a Ctrl-C.)
+    """
     command = [sys.executable, "-m", module, *arguments]
-    result = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
-    if result.returncode:
-        sys.exit(result.returncode)
-    return result.stdout or ""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE if capture else None, text=True)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # noqa: ARG005
+    try:
+        output, _ = process.communicate()
+    except KeyboardInterrupt:  # it has heard the same Ctrl-C; a second one ends both at once
+        process.wait()
+        raise
+    except SystemExit:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return output or ""
 
 
 def down(settings: Settings) -> int:

@@ -134,3 +134,34 @@ def test_a_taken_port_is_named_with_the_setting_that_moves_it(stacks: list[Up], 
 def test_nothing_to_stop_is_said(stacks: list[Up]) -> None:
     result = stacks[0].run("down")
     assert (result.returncode, result.stdout) == (0, f"no stack runs on API_PORT {stacks[0].api_port}\n")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_whoever_stops_a_demo_lets_its_training_save_first(tmp_path: Path, stop: signal.Signals) -> None:
+    (tmp_path / "slow_to_stop.py").write_text(
+        "import pathlib, signal, threading, time\n"
+        "stop = threading.Event()\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    signal.signal(number, lambda *_: stop.set())\n"
+        "pathlib.Path('begun').touch()\n"
+        "while not stop.wait(0.01): pass\n"
+        "time.sleep(1.0)  # longer than subprocess.run waits\n"
+        "pathlib.Path('saved').touch()\n"
+    )
+    (tmp_path / "demo.py").write_text(
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import dev\n"
+        "dev.run_python('slow_to_stop')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    demo = subprocess.Popen(
+        [sys.executable, "demo.py"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_until((tmp_path / "begun").exists, "the program to begin")
+    if stop == signal.SIGINT:
+        os.killpg(demo.pid, stop)  # as a terminal does: everybody hears a Ctrl-C
+    else:
+        demo.send_signal(stop)
+    assert demo.wait(PATIENCE_S) in (-signal.SIGINT, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert (tmp_path / "saved").exists()
