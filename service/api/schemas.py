@@ -260,9 +260,9 @@ class OpenAISampling(Sampling):
     def leave_out(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        response_format = values.get("response_format")  # a null inside a schema says something
+        whole = {name: values.get(name) for name in ("response_format", "logit_bias")}  # a null inside says something
         values = refuse_unserved(without_nulls(values), UNSERVED)
-        return values if response_format is None else values | {"response_format": response_format}
+        return values | {name: value for name, value in whole.items() if value is not None}
 
     @property
     def scores_prompt(self) -> bool:
@@ -327,7 +327,8 @@ def joined_parts(value: Any) -> Any:
         return value
     texts = []
     for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text or len(part) > 2:
             raise ValueError('may hold parts of the form {"type": "text", "text": "..."} only')
         texts.append(part["text"])
     return "".join(texts)

@@ -16,6 +16,7 @@ from tests.service.api.events import events_of
 from tests.service.api.stack import TEXT, Api, ScriptedWorker, wait_until
 from tests.service.api.test_bad_input import assert_error
 
+TEXT_PART = {"type": "text", "text": "All:"}
 QUESTION: list[Any] = [{"role": "user", "content": "All:"}]
 
 
@@ -211,6 +212,8 @@ def test_harmless_fields_and_nulls_are_taken(client: httpx2.Client) -> None:
         ("completions", {"prompt": [-1]}, "prompt"),
         ("completions", {"prompt": ["a"] * 1_000}, "prompt"),
         ("completions", {"n": 0}, "n"),
+        ("completions", {"logit_bias": {"5": None}}, "logit_bias"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [TEXT_PART | {"x": 1}]}]}, "messages.0.content"),
         ("completions", {"n": 1_000}, "n"),
         ("completions", {"max_tokens": 0}, "max_tokens"),
         ("completions", {"temprature": 1}, "temprature"),
