@@ -2,7 +2,8 @@
 
     python -m benchmarks.scheduling [models/smollm2-135m-instruct] [--dtype auto]
 
-Every figure compares two ways of one engine in one process, on the same weights. `--cpu-time` counts the seconds of one
+Every figure compares two ways of one engine in one process, on the same weights, those of guesses and grammars by turns
+for `--rounds`, with the medians. `--cpu-time` counts the seconds of one
 thread instead of the wall's: on a machine that others use too, nothing else means anything.
 """
 
@@ -11,9 +12,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from service.engine.host import describe_choices, load_host, warm_up
 from service.engine.sequence import Sequence
 from shared.catalog import read_model_folder
 from shared.device import choose_device, choose_dtype, choose_num_threads
-from shared.grammar import Grammar, json_grammar
+from shared.grammar import Grammar, json_grammar, regex_grammar
 from shared.sampling import SamplingParams
 
 SCHEMA: dict[str, Any] = {
@@ -37,6 +41,11 @@ SCHEMA: dict[str, Any] = {
     },
     "required": ["name", "age", "city", "hobbies"],
     "additionalProperties": False,
+}
+PATTERN = r"Name: [A-Z][a-z]{2,12}\nAge: [1-9][0-9]\nCity: [A-Z][a-z]{2,12}\nAbout: [A-Za-z ,]{60,120}\."
+EXAMPLES = {
+    "JSON by schema": '{"name": "Ada Lovelace", "age": 36, "city": "London", "hobbies": ["mathematics"]}',
+    "regex": "Name: Ada\nAge: 36\nCity: London\nAbout: She wrote a program for a machine that nobody ever built.",
 }
 
 
@@ -136,7 +145,7 @@ def prefixes(bench: Bench) -> None:
     print(f"ratio {results[0][0] / results[1][0]:.1f}; {equal} of 16 completions equal")
 
 
-def guesses(bench: Bench) -> None:
+def guesses(bench: Bench, rounds: int) -> None:
     code = "def total(prices):\n    result = 0\n    for price in prices:\n        result += price\n    return result\n"
     cases = {
         "repeat this code": bench.chat(f"Repeat this code exactly:\n```python\n{code * 2}```"),
@@ -149,64 +158,94 @@ def guesses(bench: Bench) -> None:
         f"{'':>18}{'streams':>9}{'sampling':>10}{'without':>10}{'with':>10}{'ratio':>8}{'made':>8}{'right':>7}  equal"
     )
     for (name, prompt_ids), streams, temperature in itertools.product(cases.items(), (1, 8), (0.0, 0.8)):
-        speeds, answers = [], []
-        for on in (False, True):
+
+        def run(on: bool, ids: list[int] = prompt_ids, streams: int = streams, heat: float = temperature) -> Run:
             engine = bench.engine(speculate=on, share_prefixes=False)
-            asked = [
-                bench.sequence([*prompt_ids, n][n > 0 :], 96, params=SamplingParams(temperature=temperature, seed=n))
-                for n in range(streams)
-            ]
-            seconds, found = bench.answer(engine, asked)
-            speeds.append(96 * streams / seconds)
-            answers.append(found)
-        totals = engine.statistics
-        equal = sum(one == other for one, other in zip(*answers, strict=True))
+            params = [SamplingParams(temperature=heat, seed=n) for n in range(streams)]
+            asked = [bench.sequence([*ids, n][n > 0 :], 96, params=each) for n, each in enumerate(params)]
+            return Run(*bench.answer(engine, asked), engine)
+
+        without, with_guesses = by_turns(rounds, partial(run, False), partial(run, True))
+        totals = with_guesses.engine.statistics
+        equal = sum(one == other for one, other in zip(without.answers, with_guesses.answers, strict=True))
         print(
-            f"{name:>18}{streams:>9}{temperature or 'greedy':>10}{speeds[0]:>10.1f}{speeds[1]:>10.1f}"
-            f"{speeds[1] / speeds[0]:>8.2f}{totals.num_drafts:>8}{totals.num_right_drafts:>7}  {equal} of {streams}",
+            f"{name:>18}{streams:>9}{temperature or 'greedy':>10}{without.speed:>10.1f}{with_guesses.speed:>10.1f}"
+            f"{with_guesses.speed / without.speed:>8.2f}{totals.num_drafts:>8}{totals.num_right_drafts:>7}"
+            f"  {equal} of {streams}",
             flush=True,
         )
 
 
-def grammars(bench: Bench) -> None:
-    print("\nJSON by schema: every answer must parse; its cost beside the same tokens without a grammar")
-    source = json_grammar(SCHEMA)
-    started = bench.clock()
-    grammar = Grammar(source, bench.tokenizer, end_token_ids=(2,))
-    made_s = bench.clock() - started
-    masks = []
-    for token_id in bench.tokenizer.encode(
-        '{"name": "Ada Lovelace", "age": 36, "city": "London", "hobbies": ["mathematics"]}'
-    ):
+def grammars(bench: Bench, rounds: int) -> None:
+    print("\nGrammars beside the same number of tokens without; limit: 5 % of the speed. Every answer must match")
+    sources = {"JSON by schema": json_grammar(SCHEMA), "regex": regex_grammar(PATTERN)}
+    for name, source in sources.items():
         started = bench.clock()
-        grammar.allowed()
-        masks.append(bench.clock() - started)
-        grammar.push(token_id)
-    print(
-        f"grammar made in {1e3 * made_s:.2f} ms; a mask takes {1e6 * statistics.median(masks):.0f} us in the median, "
-        f"{1e6 * max(masks):.0f} at most"
-    )
-    for streams, speculate in itertools.product((1, 16), (False, True)):
-        engine = bench.engine(speculate=speculate)
-        prompt_ids = bench.chat("Describe a person as JSON.")
-        params = [SamplingParams(temperature=0.8, seed=seed) for seed in range(streams)]
-        asked = [
-            bench.sequence(prompt_ids, 250, params=each, grammar=source, ignore_eos=False, end_token_ids=(0, 2))
-            for each in params
-        ]
-        seconds, answers = bench.answer(engine, asked)
-        parsed = sum(parses(bench.tokenizer.decode(ids)) for ids in answers)
-        num_tokens = sum(map(len, answers))
-        plain_engine = bench.engine(speculate=False)
-        plain = [bench.sequence(prompt_ids, len(ids), params=each) for ids, each in zip(answers, params, strict=True)]
-        plain_s, _ = bench.answer(plain_engine, plain)
-        totals = engine.statistics
+        grammar = Grammar(source, bench.tokenizer, end_token_ids=(2,))
+        made_s = bench.clock() - started
+        masks = []
+        for token_id in bench.tokenizer.encode(EXAMPLES[name]):
+            started = bench.clock()
+            grammar.allowed()
+            masks.append(bench.clock() - started)
+            grammar.push(token_id)
         print(
-            f"{streams:>3} streams, guesses {'on ' if speculate else 'off'}: {parsed} of {streams} parse, "
-            f"{num_tokens / seconds:7.1f} tokens/s, without a grammar {num_tokens / plain_s:7.1f} "
-            f"(ratio {plain_s / seconds:.2f}); {totals.num_right_drafts} of {totals.num_drafts} forced tokens right",
+            f"{name}: grammar made in {1e3 * made_s:.2f} ms; a mask takes {1e6 * statistics.median(masks):.0f} us in "
+            f"the median, {1e6 * max(masks):.0f} at most"
+        )
+    print(
+        f"{'':>18}{'streams':>9}{'without':>10}{'with':>10}{'ratio':>8}{'guessing':>10}{'ratio':>8}{'forced':>8}  match"
+    )
+    for (name, source), streams in itertools.product(sources.items(), (1, 8, 32)):
+        prompt_ids = bench.chat("Describe a person.")
+        params = [SamplingParams(temperature=0.8, seed=seed) for seed in range(streams)]
+
+        def constrained(speculate: bool, source: str = source, params: list[SamplingParams] = params) -> Run:
+            engine = bench.engine(speculate=speculate)
+            ends = {"grammar": source, "ignore_eos": False, "end_token_ids": (0, 2)}
+            asked = [bench.sequence(prompt_ids, 250, params=each, **ends) for each in params]  # noqa: B023
+            return Run(*bench.answer(engine, asked), engine)
+
+        answers = constrained(False).answers
+
+        def plain(answers: list[list[int]] = answers, params: list[SamplingParams] = params) -> Run:
+            engine = bench.engine(speculate=False)
+            pairs = zip(answers, params, strict=True)
+            asked = [bench.sequence(prompt_ids, len(ids), params=each) for ids, each in pairs]  # noqa: B023
+            return Run(*bench.answer(engine, asked), engine)
+
+        without, alone, guessing = by_turns(rounds, plain, partial(constrained, False), partial(constrained, True))
+        matching = sum(matches(name, bench.tokenizer.decode(ids)) for ids in alone.answers + guessing.answers)
+        print(
+            f"{name:>18}{streams:>9}{without.speed:>10.1f}{alone.speed:>10.1f}{alone.speed / without.speed:>8.2f}"
+            f"{guessing.speed:>10.1f}{guessing.speed / without.speed:>8.2f}"
+            f"{guessing.engine.statistics.num_right_drafts:>8}  {matching} of {2 * streams}",
             flush=True,
         )
+
+
+@dataclass
+class Run:
+    """How long some sequences took, their tokens, and what computed them."""
+
+    seconds: float
+    answers: list[list[int]]
+    engine: Engine
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return sum(map(len, self.answers)) / self.seconds
+
+
+def by_turns(rounds: int, *ways: Callable[[], Run]) -> list[Run]:
+    """Run each way so many times, in turn; return each one's run of the median time."""
+    runs = [[way() for way in ways] for _ in range(rounds)]
+    return [sorted(of_way, key=lambda run: run.seconds)[rounds // 2] for of_way in zip(*runs, strict=True)]
+
+
+def matches(name: str, text: str) -> bool:
+    return bool(re.fullmatch(PATTERN, text)) if name == "regex" else parses(text)
 
 
 def parses(text: str) -> bool:
@@ -222,6 +261,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=["stalls", "prefixes", "guesses", "grammars"])
     options = parser.parse_args()
     threads, device = choose_num_threads(0), choose_device("auto")
@@ -237,11 +277,11 @@ def main() -> None:
         f"{num_threads} threads, torch {torch.__version__}, {dtype.value}: {describe_choices(bench.engine())}",
         flush=True,
     )
-    parts = {
+    parts: dict[str, Callable[[Bench], None]] = {
         "stalls": lambda bench: stalls(bench, options.streams),
         "prefixes": prefixes,
-        "guesses": guesses,
-        "grammars": grammars,
+        "guesses": lambda bench: guesses(bench, options.rounds),
+        "grammars": lambda bench: grammars(bench, options.rounds),
     }
     for name in options.only:
         parts[name](bench)

@@ -45,8 +45,9 @@ def windows(tokenizer: Tokenizer, count: int) -> list[list[int]]:
 
 def compiled(model: SmolLM2, *, is_int8: bool) -> Callable[[list[int]], Tensor]:
     decoder = CompiledDecoder(model, load_library(), is_int8=is_int8)
+    cpu = torch.device("cpu")
     cache = KVCache(
-        model.config, num_slots=1, max_cached_tokens=WINDOW, dtype=torch.bfloat16, device=torch.device("cpu")
+        model.config, num_slots=1, max_cached_tokens=WINDOW, dtype=torch.bfloat16, device=cpu, in_blocks=True
     )
     return lambda ids: decoder.scores(cache, ids, [Span(0, 0, len(ids))], range(len(ids)))
 

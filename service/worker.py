@@ -306,7 +306,7 @@ class Worker:
             slots=sum(engine.cache.num_slots for engine in engines),
             free=sum(engine.free_slots for engine in engines),
             device=str(engines[0].model.device) if engines else "",
-            dtype=str(engines[0].cache.numbers_L2RKPE.dtype).removeprefix("torch.") if engines else "",
+            dtype=str(engines[0].cache.dtype).removeprefix("torch.") if engines else "",
             draining=self.is_stopping,
             details={
                 "threads": torch.get_num_threads(),

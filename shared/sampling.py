@@ -141,54 +141,76 @@ class SampledToken:
 
 
 def sample(
-    logits_BV: Tensor, rows: Sequence[SamplingRow], *, logprobs: Sequence[int | None] | None = None
+    logits_BV: Tensor,
+    rows: Sequence[SamplingRow],
+    *,
+    places: Sequence[int] | None = None,
+    logprobs: Sequence[int | None] | None = None,
 ) -> list[SampledToken]:
     """Draw one token per row.
 
     Args:
         logits_BV: scores (B, V) of any float dtype, on any device. Not changed.
-        rows: one per row of the scores.
+        rows: what each token is drawn for.
+        places: per row, where its scores stand among the B; one after another unless given.
         logprobs: per row, how many likeliest tokens to report beside the drawn one's log-probability; None for none.
 
     Raises:
         WeightsError: the scores are not numbers, which only damaged weights give.
     """
-    assert logits_BV.dim() == 2 and logits_BV.shape[0] == len(rows), (logits_BV.shape, len(rows))
+    assert logits_BV.dim() == 2 and len(places or logits_BV) == len(rows), (logits_BV.shape, places, len(rows))
     if not rows:
         return []
-    others = [place for place, row in enumerate(rows) if not row.is_plain]
-    token_ids = likeliest(logits_BV) if len(others) < len(rows) else [0] * len(rows)
-    for place, scores_V in copies(logits_BV, others):
-        token_ids[place] = choose(scores_V, rows[place])
+    places = range(len(rows)) if places is None else places
+    token_ids = [0] * len(rows)
+    plain = [number for number, row in enumerate(rows) if row.is_plain]
+    others = [number for number, row in enumerate(rows) if not row.is_plain]
+    for number, token_id in zip(plain, likeliest(logits_BV, [places[number] for number in plain]), strict=True):
+        token_ids[number] = token_id
+    scores = copies(logits_BV, [places[number] for number in others])
+    for number, scores_V in zip(others, scores, strict=True):
+        token_ids[number] = choose(scores_V, rows[number])
     if logprobs is None or all(count is None for count in logprobs):
         return [SampledToken(token_id) for token_id in token_ids]
-    return with_logprobs(logits_BV, token_ids, logprobs)
+    return with_logprobs(logits_BV, token_ids, logprobs, places)
 
 
-def copies(logits_BV: Tensor, places: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def copies(logits_BV: Tensor, places: Sequence[int]) -> Iterator[NDArray[np.float32]]:
     """Yield rows as fp32 vectors to change: from a GPU all in one copy, on a CPU one by one, still in its cache."""
     if logits_BV.device.type == "cpu":
         for place in places:
-            yield place, logits_BV[place].detach().to(torch.float32, copy=True).numpy()
+            scores_V = floats(logits_BV[place])
+            yield scores_V.copy() if logits_BV.dtype == torch.float32 else scores_V
     elif places:
-        scores_BV = logits_BV[places].to("cpu", torch.float32).numpy()
-        yield from zip(places, scores_BV, strict=True)
+        yield from logits_BV[list(places)].to("cpu", torch.float32).numpy()
 
 
-def likeliest(logits_BV: Tensor) -> list[int]:
-    """Return each row's likeliest token, the first of equals.
+def floats(logits_V: Tensor) -> NDArray[np.float32]:
+    """See one row's scores on a CPU as fp32, copied only where they are not.
+
+    What torch copies of this length it shares between threads, and then they spin for a while, waiting for more, on the
+    cores that the next step needs.
+    """
+    numbers: NDArray[np.float32] = logits_V.detach().float().numpy()
+    return numbers
+
+
+def likeliest(logits_BV: Tensor, places: Sequence[int]) -> list[int]:
+    """Return the likeliest token of each row named, the first of equals.
 
     On a GPU the ids alone leave the device. On a CPU NumPy's search is 15 times as fast as torch's in bfloat16, and a
     row at a time, which stays in the cache, 3 times as fast as all at once.
     """
+    if not places:
+        return []
     if logits_BV.device.type == "cpu":
         ids: list[int] = []
-        for logits_V in logits_BV.detach():
-            scores_V = logits_V.float().numpy()
+        for place in places:
+            scores_V = floats(logits_BV[place])
             ids.append(int(scores_V.argmax()))  # NaN counts as largest
             check_numbers(bool(np.isfinite(scores_V[ids[-1]])))
         return ids
-    best = logits_BV.max(dim=-1)
+    best = (logits_BV if [*places] == [*range(len(logits_BV))] else logits_BV[[*places]]).max(dim=-1)
     ids = best.indices.masked_fill(~best.values.isfinite(), -1).tolist()
     check_numbers(min(ids) >= 0)
     return ids
@@ -324,16 +346,20 @@ def uniform(seed: int, index: int) -> float:
     return (int(generator.random_raw()) >> 11) * 2.0**-53
 
 
-def with_logprobs(logits_BV: Tensor, token_ids: Sequence[int], counts: Sequence[int | None]) -> list[SampledToken]:
+def with_logprobs(
+    logits_BV: Tensor, token_ids: Sequence[int], counts: Sequence[int | None], places: Sequence[int]
+) -> list[SampledToken]:
     """Attach log-probabilities of the raw scores to the rows that ask for them."""
     tokens = [SampledToken(token_id) for token_id in token_ids]
-    asked = [place for place, count in enumerate(counts) if count is not None]
-    most = max(counts[place] or 0 for place in asked)
-    rated = log_probabilities(logits_BV[asked], [token_ids[place] for place in asked], most)
-    for place, logprob, best_ids, best_values in zip(asked, *(part.tolist() for part in rated), strict=True):
-        count = counts[place] or 0
-        tokens[place] = SampledToken(
-            token_ids[place], logprob, tuple(zip(best_ids[:count], best_values[:count], strict=True))
+    asked = [number for number, count in enumerate(counts) if count is not None]
+    most = max(counts[number] or 0 for number in asked)
+    rated = log_probabilities(
+        logits_BV[[places[number] for number in asked]], [token_ids[number] for number in asked], most
+    )
+    for number, logprob, best_ids, best_values in zip(asked, *(part.tolist() for part in rated), strict=True):
+        count = counts[number] or 0
+        tokens[number] = SampledToken(
+            token_ids[number], logprob, tuple(zip(best_ids[:count], best_values[:count], strict=True))
         )
     return tokens
 

@@ -86,6 +86,7 @@ class Engine:
             max_cached_tokens=max_cached_tokens,
             dtype=model.model.embed_tokens.weight.dtype,
             device=model.device,
+            in_blocks=self.network.wants_blocks,
         )
         kind = model.device.type
         self.speculate = speculate
@@ -229,10 +230,10 @@ class Engine:
         num_right = {item: 0 for item, _ in live}
         while live:
             live = [(item, row) for item, row in live if self.can_follow_grammar(item.sequence, outputs)]
-            rows = [row + depth for _, row in live]
             drawn = sample(
-                logits_BV if len(rows) == len(logits_BV) else logits_BV[rows],
+                logits_BV,
                 [item.sequence.row for item, _ in live],
+                places=[row + depth for _, row in live],
                 logprobs=[item.sequence.logprobs for item, _ in live],
             )
             now_s = self.clock()

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from service.engine.slot_memory import SlotMemory
+from service.engine.layouts import BlockedSlots, Layout, WholeSlots
 from shared.config import ModelConfig
 
 
@@ -28,10 +29,7 @@ class Span:
 
 
 class KVCache:
-    """The slots of one model.
-
-    `numbers_L2RKPE` holds, per layer, keys and values of R slots: K key-value heads, P positions, head_dim E.
-    """
+    """The slots of one model."""
 
     def __init__(
         self,
@@ -41,21 +39,35 @@ class KVCache:
         max_cached_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        in_blocks: bool = False,
     ) -> None:
+        """Make room for `num_slots` sequences of together `max_cached_tokens` tokens, `in_blocks` for the kernels."""
         assert num_slots > 0 and max_cached_tokens > 0, (num_slots, max_cached_tokens)
         self.config = config
         self.num_slots = num_slots
         self.max_cached_tokens = max_cached_tokens
         self.slot_length = min(config.max_position_embeddings, max_cached_tokens)
-        shape = (config.num_hidden_layers, 2, num_slots, config.num_key_value_heads, self.slot_length, config.head_dim)
-        self.memory = SlotMemory(shape, dtype, device)
-        self.numbers_L2RKPE = self.memory.tensor
+        self.dtype = dtype
+        kind = BlockedSlots if in_blocks else WholeSlots
+        self.layout: Layout = kind(config, num_slots, self.slot_length, dtype, device)
         self.reserved: dict[int, int] = {}
         self.touched = [0] * num_slots  # tokens of each slot whose memory may be taken
 
     @property
+    def numbers_L2RKPE(self) -> Tensor:
+        """Keys and values as PyTorch's attention takes them, where they are not in blocks."""
+        assert isinstance(self.layout, WholeSlots)
+        return self.layout.numbers
+
+    @property
+    def numbers_RCL2KBE(self) -> Tensor:
+        """Keys and values as the kernels take them."""
+        assert isinstance(self.layout, BlockedSlots)
+        return self.layout.numbers
+
+    @property
     def bytes_per_token(self) -> int:
-        config, size = self.config, self.numbers_L2RKPE.itemsize
+        config, size = self.config, self.dtype.itemsize
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
 
     @property
@@ -104,8 +116,7 @@ class KVCache:
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Give one slot the first keys and values of another."""
-        numbers = self.numbers_L2RKPE
-        numbers[:, :, target, :, :num_tokens] = numbers[:, :, source, :, :num_tokens]
+        self.layout.copy(source, target, num_tokens)
 
     def give(self, slot: int) -> None:
         """Free a slot. What it holds stays until others need it, for sequences that begin alike."""
@@ -115,7 +126,5 @@ class KVCache:
         """Return to the system what a free slot holds, or what lies behind the reservation of a used one."""
         kept, touched = self.reserved.get(slot, 0), self.touched[slot]
         if touched > kept:
-            for keys_or_values_RKPE in self.numbers_L2RKPE.flatten(0, 1):
-                for head_PE in keys_or_values_RKPE[slot]:
-                    self.memory.empty(head_PE[kept:touched])
+            self.layout.empty(slot, kept, touched)
             self.touched[slot] = kept

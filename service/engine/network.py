@@ -27,6 +27,9 @@ Weights = Literal["dtype", "int8"]
 class Network(Protocol):
     """Scores of the next tokens, given the new tokens of a step."""
 
+    wants_blocks: bool
+    """How its cache must lie in memory: see `layouts`."""
+
     def scores(self, cache: KVCache, token_ids: Sequence[int], spans: Sequence[Span], places: Sequence[int]) -> Tensor:
         """Compute the tokens of `spans`, one span after the other; write their keys and values into the cache.
 
@@ -37,6 +40,8 @@ class Network(Protocol):
 
 class TorchNetwork:
     """The network as PyTorch computes it, on any device and in any dtype; in fp32 it is the oracle's own."""
+
+    wants_blocks = False
 
     def __init__(self, model: SmolLM2) -> None:
         self.model = model

@@ -5,6 +5,7 @@ The operating system gives pages when they are first written. On Linux they are 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 
@@ -18,14 +19,14 @@ MAP_NORESERVE = 0x4000
 class SlotMemory:
     """A tensor of zeros of one shape; whole parts of it can be emptied again."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, huge_pages: bool) -> None:
         self.pages: mmap.mmap | None = None
         if device.type == "cpu" and sys.platform == "linux":
             num_numbers = torch.Size(shape).numel()
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
             self.pages = mmap.mmap(-1, num_numbers * dtype.itemsize, flags=flags)
-            # A huge page would take 2 MiB for the first token of each part.
-            self.pages.madvise(mmap.MADV_NOHUGEPAGE)
+            with contextlib.suppress(OSError):  # a system without them
+                self.pages.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
             self.tensor: Tensor = torch.frombuffer(self.pages, dtype=dtype, count=num_numbers).view(shape)
         else:
             # Elsewhere on a CPU untouched pages cost nothing either, but stay once touched; a GPU takes all at once.

@@ -6,13 +6,17 @@
 
 namespace smollm {
 
-// Keys and values of one layer, bf16: [slot][key-value head][position][head_dim].
+constexpr int BLOCK_LENGTH = 64;  // positions of a block, `layouts.BLOCK_LENGTH`; pieces of 32 never leave theirs
+
+// Keys and values of one layer, bf16: in each block [key-value head][position of the block][head_dim].
 struct LayerCache {
-    uint16_t *keys, *values;
-    int num_heads, length, head_dim;
+    uint16_t *keys, *values;  // in the first block of the first slot
+    int num_heads, head_dim, blocks_per_slot;
+    int64_t block_size;       // numbers from block to block: those of all layers
 
     int64_t place(int slot, int head, int position) const {
-        return (((int64_t)slot * num_heads + head) * length + position) * head_dim;
+        const int64_t block = (int64_t)slot * blocks_per_slot + position / BLOCK_LENGTH;
+        return block * block_size + ((int64_t)head * BLOCK_LENGTH + position % BLOCK_LENGTH) * head_dim;
     }
 };
 
@@ -23,8 +27,7 @@ struct Queries {
     const uint16_t* numbers;  // [count][head_dim], scaled by log2(e) / sqrt(head_dim)
     int first, count, group;
     int slot, head, start;    // `start`: position of token 0
-    const uint16_t* next_keys = nullptr;  // what this thread will look at afterwards, to be fetched meanwhile
-    int next_last = 0;
+    int next_slot = 0, next_head = 0, next_last = 0;  // whose keys this thread will look at afterwards: to be fetched
 
     int end(int i) const { return start + (first + i) / group + 1; }
     int last() const { return end(count - 1); }
@@ -95,9 +98,10 @@ inline void transpose(const void* from, int64_t from_stride, void* to, int64_t t
     }
 }
 
-// `count` positions from `first` on; those at and behind `end` as zeros, never as what else the memory holds.
+// `count` positions from `first` on, which stand at `numbers`; those at and behind `end` as zeros, never as what else the
+// memory holds.
 inline const uint8_t* positions(const uint16_t* numbers, int first, int count, int end, int head_dim, uint8_t* tail) {
-    const uint8_t* from = (const uint8_t*)(numbers + (int64_t)first * head_dim);
+    const uint8_t* from = (const uint8_t*)numbers;
     if (first + count <= end) return from;
     const int bytes = head_dim * 2, kept = end > first ? end - first : 0;
     memcpy(tail, from, kept * bytes);
@@ -105,11 +109,10 @@ inline const uint8_t* positions(const uint16_t* numbers, int first, int count, i
     return tail;
 }
 
-// Asks for positions to be needed soon: keys and values lie in small pages, where the processor does not look ahead.
+// Asks for positions to be needed soon; `numbers` holds those from `first` on.
 inline void fetch_positions(const uint16_t* numbers, int first, int count, int end, int head_dim) {
-    const int last = first + count < end ? first + count : end;
-    for (int64_t number = (int64_t)first * head_dim; number < (int64_t)last * head_dim; number += 32)
-        fetch((const uint8_t*)(numbers + number));
+    const int some = first + count < end ? count : end - first;
+    for (int number = 0; number < some * head_dim; number += 32) fetch((const uint8_t*)(numbers + number));
 }
 
 // 32 positions' values as four tiles. Interleaving within 128-bit lanes leaves the columns of two tiles mixed:
@@ -140,7 +143,7 @@ inline void attend_tiled(const LayerCache& cache, const Queries& queries, Scratc
     constexpr int E = 64;
     const int last = queries.last(), padded = (last + 31) / 32 * 32;
     const int num_tiles = (queries.count + BLOCK - 1) / BLOCK;
-    const int64_t base = cache.place(queries.slot, queries.head, 0);
+    auto place = [&](int p) { return cache.place(queries.slot, queries.head, p); };
     const int64_t row = padded + 32;  // not a power of two: rows would share cache lines' places
     if ((int64_t)scratch.scores.size() < Queries::MOST * row) {
         scratch.scores.resize(Queries::MOST * row);
@@ -156,8 +159,8 @@ inline void attend_tiled(const LayerCache& cache, const Queries& queries, Scratc
             transpose(from, E * 2, scratch.query_tiles[tile][half], 64);
         }
     for (int p = 0; p < last; p += BLOCK) {
-        fetch_positions(cache.values + base, p, BLOCK, last, E);
-        const uint8_t* keys = positions(cache.keys + base, p, BLOCK, last, E, scratch.tail);
+        fetch_positions(cache.values + place(p), p, BLOCK, last, E);
+        const uint8_t* keys = positions(cache.keys + place(p), p, BLOCK, last, E, scratch.tail);
         TILE_LOAD(4, keys, E * 2);
         TILE_LOAD(5, keys + 64, E * 2);
         for (int tile = 0; tile < num_tiles; tile++) {
@@ -177,8 +180,9 @@ inline void attend_tiled(const LayerCache& cache, const Queries& queries, Scratc
     for (int from = 0; from < padded; from += 8 * 32) {
         const int to = from + 8 * 32 < padded ? from + 8 * 32 : padded;
         for (int p = from; p < to; p += 32) {
-            fetch_positions(queries.next_keys, p, 32, queries.next_last, E);
-            const uint8_t* values = positions(cache.values + base, p, 32, last, E, scratch.tail);
+            const int64_t next = cache.place(queries.next_slot, queries.next_head, p);
+            fetch_positions(cache.keys + next, p, 32, queries.next_last, E);
+            const uint8_t* values = positions(cache.values + place(p), p, 32, last, E, scratch.tail);
             interleave_values(values, scratch.value_tiles[(p - from) / 32]);
         }
         for (int tile = 0; tile < num_tiles; tile++) {
@@ -226,7 +230,6 @@ inline Floats load_bf16(const uint16_t* from, int count) {
 inline void attend(const LayerCache& cache, const Queries& queries, Scratch& scratch, float* const* out) {
     const int E = cache.head_dim, vectors = (E + LANES - 1) / LANES;
     const int padded = (queries.last() + 31) / 32 * 32;
-    const int64_t base = cache.place(queries.slot, queries.head, 0);
     if ((int)scratch.scores.size() < padded) {
         scratch.scores.resize(padded);
         scratch.weights.resize(padded);
@@ -238,14 +241,14 @@ inline void attend(const LayerCache& cache, const Queries& queries, Scratch& scr
         Floats query[256 / LANES], mixed[256 / LANES] = {};
         for (int v = 0; v < vectors; v++) query[v] = load_bf16(queries.numbers + i * E + v * LANES, E - v * LANES);
         for (int p = 0; p < end; p++) {
-            const uint16_t* key = cache.keys + base + (int64_t)p * E;
+            const uint16_t* key = cache.keys + cache.place(queries.slot, queries.head, p);
             Floats products = {};
             for (int v = 0; v < vectors; v++) products += query[v] * load_bf16(key + v * LANES, E - v * LANES);
             scores[p] = sum(products);
         }
         const float factor = 1.0f / soften(scores, weights, end, padded);
         for (int p = 0; p < end; p++) {
-            const uint16_t* value = cache.values + base + (int64_t)p * E;
+            const uint16_t* value = cache.values + cache.place(queries.slot, queries.head, p);
             const Floats weight = splat(from_bf16(weights[p]));
             for (int v = 0; v < vectors; v++) mixed[v] += weight * load_bf16(value + v * LANES, E - v * LANES);
         }

@@ -149,9 +149,9 @@ struct Decoder {
     }
 
     LayerCache cache_of(int layer) const {
-        const int64_t part = (int64_t)step->num_slots * shape.num_kv_heads * step->slot_length * shape.head_dim;
+        const int64_t part = (int64_t)shape.num_kv_heads * BLOCK_LENGTH * shape.head_dim;
         uint16_t* keys = step->cache + 2 * layer * part;
-        return {keys, keys + part, shape.num_kv_heads, step->slot_length, shape.head_dim};
+        return {keys, keys + part, shape.num_kv_heads, shape.head_dim, step->blocks_per_slot, shape.num_layers * 2 * part};
     }
 
     void work(int thread) {

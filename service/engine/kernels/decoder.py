@@ -30,6 +30,8 @@ def knows_shape(config: ModelConfig) -> bool:
 class CompiledDecoder:
     """One model in the kernels' own layout."""
 
+    wants_blocks = True
+
     def __init__(self, model: SmolLM2, library: Library, *, is_int8: bool = False) -> None:
         """Pack a model's weights. Its matrices are emptied on the way, so that there is never a second copy of all."""
         config = model.config
@@ -98,8 +100,8 @@ class CompiledDecoder:
 
     def scores(self, cache: KVCache, token_ids: Sequence[int], spans: Sequence[Span], places: Sequence[int]) -> Tensor:
         """Compute a step: see `Network`. The scores are fp32; the kernels also note the likeliest token of each row."""
-        rows = cache.numbers_L2RKPE
-        assert rows.dtype == torch.bfloat16 and rows.is_contiguous()
+        blocks = cache.numbers_RCL2KBE
+        assert blocks.dtype == torch.bfloat16 and blocks.is_contiguous()
         assert len(token_ids) == sum(span.count for span in spans) > 0
         if len(places) > len(self.logits_BV):
             self.logits_BV = torch.empty(len(places), self.width)
@@ -114,9 +116,8 @@ class CompiledDecoder:
             ids.ctypes.data,
             flat.ctypes.data,
             wanted.ctypes.data,
-            rows.data_ptr(),
-            rows.shape[2],
-            rows.shape[4],
+            blocks.data_ptr(),
+            blocks.shape[1],
             self.logits_BV.data_ptr(),
             self.likeliest.ctypes.data,
         )

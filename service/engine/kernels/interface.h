@@ -20,8 +20,8 @@ struct Step {
     const int* token_ids;      // [num_rows]
     const Span* spans;         // their counts sum to num_rows
     const int* wanted;         // [num_wanted] rows of which scores are asked
-    uint16_t* cache;           // [layer][keys, values][slot][head][position][head_dim]
-    int num_slots, slot_length;
+    uint16_t* cache;           // [slot][block][layer][keys, values][head][position of the block][head_dim]
+    int blocks_per_slot;
     float* logits;             // [num_wanted][padded vocabulary]
     int* likeliest;            // [num_wanted], the first of equals
 };

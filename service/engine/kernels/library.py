@@ -29,7 +29,7 @@ class Step(Structure):
     _fields_ = (
         *[(name, c_int) for name in ("num_rows", "num_spans", "num_wanted")],
         *[(name, c_void_p) for name in ("token_ids", "spans", "wanted", "cache")],
-        *[(name, c_int) for name in ("num_slots", "slot_length")],
+        ("blocks_per_slot", c_int),
         *[(name, c_void_p) for name in ("logits", "likeliest")],
     )
 

@@ -45,7 +45,8 @@ class Looks {
         const uint16_t* numbers = table.at(look.head, look.first_row, look.first);
         Queries q{numbers, look.first, look.count, group, look.span.slot, look.head, look.span.start};
         if (next) {
-            q.next_keys = cache.keys + cache.place(next->span.slot, next->head, 0);
+            q.next_slot = next->span.slot;
+            q.next_head = next->head;
             q.next_last = next->span.start + next->span.count;
         }
         float* out[Queries::MOST];

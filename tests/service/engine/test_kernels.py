@@ -52,17 +52,19 @@ def model_of(config: ModelConfig) -> SmolLM2:
     return model.to(torch.bfloat16).eval()
 
 
-def cache_of(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> KVCache:
-    return KVCache(config, num_slots=40, max_cached_tokens=16_384, dtype=dtype, device=CPU)
+def cache_for(network: CompiledDecoder | TorchNetwork, config: ModelConfig) -> KVCache:
+    dtype = network.model.model.embed_tokens.weight.dtype if isinstance(network, TorchNetwork) else torch.bfloat16
+    blocks = network.wants_blocks
+    return KVCache(config, num_slots=40, max_cached_tokens=16_384, dtype=dtype, device=CPU, in_blocks=blocks)
 
 
 def ids_for(config: ModelConfig, count: int) -> list[int]:
     return torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(2)).tolist()
 
 
-def all_scores(network: CompiledDecoder | TorchNetwork, cache: KVCache, ids: list[int]) -> Tensor:
+def all_scores(network: CompiledDecoder | TorchNetwork, config: ModelConfig, ids: list[int]) -> Tensor:
     with torch.inference_mode():
-        return network.scores(cache, ids, [Span(0, 0, len(ids))], range(len(ids))).float().clone()
+        return network.scores(cache_for(network, config), ids, [Span(0, 0, len(ids))], range(len(ids))).float().clone()
 
 
 @pytest.mark.parametrize("level", [level.name for level in usable_levels()])
@@ -76,7 +78,7 @@ def test_16_bit_weights_are_packed_as_the_floats_they_are(level: str, dtype: tor
         matrices["model.layers.0.mlp.gate_proj.weight"][3, -len(odd) :] = odd
     for is_int8 in (False, True):
         scores = [
-            all_scores(CompiledDecoder(model, load_library(level), is_int8=is_int8), cache_of(WIDE), ids_for(WIDE, 5))
+            all_scores(CompiledDecoder(model, load_library(level), is_int8=is_int8), WIDE, ids_for(WIDE, 5))
             for model in (copy.deepcopy(halves), copy.deepcopy(floats).float())
         ]
         assert torch.equal(*scores)
@@ -86,11 +88,9 @@ def test_16_bit_weights_are_packed_as_the_floats_they_are(level: str, dtype: tor
 @pytest.mark.parametrize("level", [level.name for level in usable_levels()])
 def test_scores_are_those_of_the_exact_network(level: str, config: ModelConfig) -> None:
     ids = ids_for(config, 150)
-    exact = all_scores(TorchNetwork(model_of(config).float()), cache_of(config, torch.float32), ids)
+    exact = all_scores(TorchNetwork(model_of(config).float()), config, ids)
     scores = {
-        is_int8: all_scores(
-            CompiledDecoder(model_of(config), load_library(level), is_int8=is_int8), cache_of(config), ids
-        )
+        is_int8: all_scores(CompiledDecoder(model_of(config), load_library(level), is_int8=is_int8), config, ids)
         for is_int8 in (False, True)
     }
     assert scores[False].shape == (150, config.vocab_size)
@@ -117,9 +117,9 @@ def test_the_real_network_is_nearer_to_fp32_than_pytorchs_bf16(instruct_folder: 
     prompts = [tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": text}])) for text in questions]
     prompts += [ids_for(config, count) for count in (1, 15, 16, 17, 33, 200)]
     for ids in prompts:
-        exact = all_scores(exact_network, cache_of(config, torch.float32), ids)
-        rounded = all_scores(rounded_network, cache_of(config), ids)
-        scores = all_scores(compiled, cache_of(config), ids)
+        exact = all_scores(exact_network, config, ids)
+        rounded = all_scores(rounded_network, config, ids)
+        scores = all_scores(compiled, config, ids)
         assert relative_error(scores, exact) < min(0.06, relative_error(rounded, exact))
         certain = exact.topk(2).values.diff().abs().flatten() > 0.25 * exact.std(dim=1)
         assert torch.equal(scores.argmax(dim=1)[certain], exact.argmax(dim=1)[certain])
@@ -130,9 +130,9 @@ def test_the_real_network_is_nearer_to_fp32_than_pytorchs_bf16(instruct_folder: 
 def test_a_row_depends_on_no_other_row(level: str, is_int8: bool) -> None:
     """Bit for bit: alone, in a batch of any size, with its prompt in one piece or in many."""
     decoder = CompiledDecoder(model_of(WIDE), load_library(level), is_int8=is_int8)
-    cache = cache_of(WIDE)
+    cache = cache_for(decoder, WIDE)
     ids = ids_for(WIDE, 120)
-    whole = all_scores(decoder, cache, ids)
+    whole = all_scores(decoder, WIDE, ids)
     draw = random.Random(3)
     done = dict.fromkeys(range(1, 13), 0)  # the same tokens in 12 slots, each at its own pace
     while any(count < len(ids) for count in done.values()):
@@ -158,7 +158,7 @@ def test_the_likeliest_token_is_the_first_of_the_largest() -> None:
         model.lm_head.weight[40] = model.lm_head.weight[400]
         model.lm_head.weight[514] = 3 * model.lm_head.weight[40]
     decoder = CompiledDecoder(model, load_library())
-    scores = all_scores(decoder, cache_of(WIDE), ids_for(WIDE, 150))
+    scores = all_scores(decoder, WIDE, ids_for(WIDE, 150))
     assert torch.equal(scores[:, 40], scores[:, 400])
     assert decoder.likeliest.tolist() == scores.numpy().argmax(axis=1).tolist()
 
@@ -170,7 +170,7 @@ def test_other_threads_give_the_same_bits() -> None:
     try:
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
-            scores.append(all_scores(decoder, cache_of(WIDE), ids))
+            scores.append(all_scores(decoder, WIDE, ids))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])

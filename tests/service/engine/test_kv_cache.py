@@ -8,16 +8,60 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from service.engine.kv_cache import KVCache
+from service.engine.layouts import BLOCK_LENGTH, WholeSlots
 from shared.config import ModelConfig
 from tests.tiny import TINY
 
 CPU = torch.device("cpu")
 
 
-def cache_of(num_slots: int = 4, max_cached_tokens: int = 300, config: ModelConfig = TINY) -> KVCache:
-    return KVCache(config, num_slots=num_slots, max_cached_tokens=max_cached_tokens, dtype=torch.float32, device=CPU)
+def cache_of(
+    num_slots: int = 4, max_cached_tokens: int = 300, config: ModelConfig = TINY, *, in_blocks: bool = False
+) -> KVCache:
+    return KVCache(
+        config,
+        num_slots=num_slots,
+        max_cached_tokens=max_cached_tokens,
+        dtype=torch.float32,
+        device=CPU,
+        in_blocks=in_blocks,
+    )
+
+
+def tokens_of(cache: KVCache, slot: int, first: int, last: int) -> Tensor:
+    """See keys and values of positions [first, last) of a slot that lie within one block."""
+    if isinstance(cache.layout, WholeSlots):
+        return cache.numbers_L2RKPE[:, :, slot, :, first:last]
+    block, start = divmod(first, BLOCK_LENGTH)
+    return cache.numbers_RCL2KBE[slot, block, ..., start : start + last - first, :]
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_slot_is_given_anothers_first_tokens_and_no_more(in_blocks: bool) -> None:
+    cache = cache_of(in_blocks=in_blocks)
+    for position in range(256):
+        tokens_of(cache, 1, position, position + 1).fill_(position + 1.0)
+    cache.copy(1, 3, 150)
+    for position in range(256):
+        expected = position + 1.0 if position < 150 else 0.0
+        assert (tokens_of(cache, 3, position, position + 1) == expected).all()
+    assert not tokens_of(cache, 2, 0, 64).any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is not given back")
+def test_blocks_are_given_back_whole_behind_what_is_kept() -> None:
+    cache = cache_of(num_slots=2, in_blocks=True)
+    cache.numbers_RCL2KBE.fill_(1.0)
+    cache.layout.empty(0, 70, 256)  # the block of 64 to 127 stays
+    cache.layout.empty(1, 0, 256)
+    for first in (0, 64):
+        assert (tokens_of(cache, 0, first, first + 64) == 1.0).all()
+    for first in (128, 192):
+        assert (tokens_of(cache, 0, first, first + 64) == 0.0).any()
+    assert cache.bytes_per_token == tokens_of(cache, 0, 0, 1).numel() * 4
 
 
 def test_slots_and_tokens_are_both_bounds() -> None:
