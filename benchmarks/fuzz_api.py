@@ -141,8 +141,9 @@ class Reference:
         self.end = tuple(described.end_token_ids)
         self.model, network = load_network(described, device=CPU, dtype=dtype)
         self.network = network.value
-        context = self.model.config.max_position_embeddings
-        self.cache = KVCache(self.model.config, num_slots=1, max_cached_tokens=context, dtype=dtype, device=CPU)
+        config, blocks = self.model.config, self.network.wants_blocks
+        longest = config.max_position_embeddings
+        self.cache = KVCache(config, num_slots=1, max_cached_tokens=longest, dtype=dtype, device=CPU, in_blocks=blocks)
 
     def scores(self, ids: list[int]) -> Tensor:
         return self.network.scores(self.cache, ids, [Span(0, 0, len(ids))], [len(ids) - 1])
