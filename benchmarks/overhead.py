@@ -3,7 +3,8 @@
     python -m benchmarks.overhead [rest] [streams] [null] [--model models/smollm2-135m-instruct]
 
 rest: one request at a time, the engine called in this process and the service over HTTP in turn. Limit: 5 ms more to
-the first token. streams: 32 at a time, engine and service in turn. Limit: 5 % of the engine's tokens per second.
+the first token. streams: 32 at a time, engine and service in turn, always full. Limit: 5 % of the engine's tokens
+per second.
 null: a worker that computes nothing behind a real API process; what is left is HTTP, the queue and Redis.
 """
 
@@ -22,7 +23,6 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.engine import engine_speed
 from benchmarks.queue import MODEL as NULL_MODEL
 from benchmarks.queue import work
 from service.engine.host import Host, load_host
@@ -36,6 +36,9 @@ from tests.e2e.cluster import Cluster
 from tests.tiny import write_tiny_export
 
 NUM_STREAMS: Final = 32
+NUM_CLIENTS: Final = 40
+NUM_REQUESTS: Final = 4 * NUM_STREAMS
+SAMPLING: Final[dict[str, Any]] = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
 PROMPT: Final = "First Citizen: Before we proceed any further, hear me speak. All: Speak"
 
 
@@ -90,38 +93,80 @@ async def rest(cluster: Cluster, host: Host, rounds: int) -> bool:
     return middle[1] - middle[0] <= 5
 
 
-async def speed_of_service(url: str, num_tokens: int, *, stream: bool) -> float:
-    """Return tokens per second of all streams together, as `engine_speed` does."""
+def requests(num_tokens: int) -> list[dict[str, Any]]:
+    """Return what is asked in one run: sampled as the API does by default, each answer of the same length."""
+    return [
+        {
+            "prompt": f"{number}: once upon a time there was a small village near the sea, and",
+            **SAMPLING,
+            "seed": number,
+            "max_new_tokens": num_tokens,
+            "ignore_eos": True,
+        }
+        for number in range(NUM_REQUESTS)
+    ]
 
-    async def one(number: int) -> int:
-        prompt = f"{number}: once upon a time there was a small village near the sea, and"  # 16 to 18 tokens
-        body = {"prompt": prompt, "temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True}
+
+def speed_of_engine(host: Host, num_tokens: int) -> float:
+    """Return tokens per second of `NUM_STREAMS` streams; where one ends, the next request begins."""
+    engine, waiting = host.engine, requests(num_tokens)
+    started_s, num_drawn = time.perf_counter(), 0
+    while waiting or engine.has_work:
+        while waiting and engine.free_slots:
+            request = waiting.pop()
+            engine.add(
+                Sequence(
+                    id=str(request["seed"]),
+                    prompt_ids=engine.tokenizer.encode(request["prompt"]),
+                    params=SamplingParams(**SAMPLING, seed=request["seed"]),
+                    max_new_tokens=num_tokens,
+                    ignore_eos=True,
+                )
+            )
+        num_drawn += sum(len(output.token_ids) for output in engine.step())
+    assert num_drawn == NUM_REQUESTS * num_tokens, num_drawn
+    return num_drawn / (time.perf_counter() - started_s)
+
+
+async def speed_of_service(url: str, num_tokens: int, *, stream: bool) -> float:
+    """The same requests over HTTP, of more clients than slots, so that each slot is taken again at once."""
+    waiting, num_received = requests(num_tokens), 0
+
+    async def client() -> None:
+        nonlocal num_received
         async with Connection(url) as connection:
-            if not stream:
-                answer = await connection.ask("POST", "/generate", body)
-                assert answer.status == 200, answer.body
-                return int(answer.json()["usage"]["completion_tokens"])
-            assert await connection.begin("POST", "/generate", body | {"stream": True}) == 200
-            return sum([len(event.data["token_ids"]) async for event in connection.events() if event.name == "token"])
+            while waiting:
+                body = waiting.pop()
+                if not stream:
+                    answer = await connection.ask("POST", "/generate", body)
+                    assert answer.status == 200, answer.body
+                    num_received += int(answer.json()["usage"]["completion_tokens"])
+                    continue
+                assert await connection.begin("POST", "/generate", body | {"stream": True}) == 200
+                async for event in connection.events():
+                    num_received += len(event.data["token_ids"]) if event.name == "token" else 0
 
     started_s = time.perf_counter()
-    total = sum(await asyncio.gather(*(one(number) for number in range(NUM_STREAMS))))
-    return total / (time.perf_counter() - started_s)
+    await asyncio.gather(*(client() for _ in range(NUM_CLIENTS)))
+    assert num_received == NUM_REQUESTS * num_tokens, num_received
+    return num_received / (time.perf_counter() - started_s)
 
 
-async def streams(cluster: Cluster, host: Host, rounds: int, num_tokens: int) -> bool:
+async def streams(cluster: Cluster, host: Host, repeats: int, num_tokens: int) -> bool:
     [url] = cluster.apis
     speeds: dict[str, list[float]] = {"engine": [], "streaming": [], "blocking": []}
     cpu_us: dict[str, list[dict[str, float]]] = {"streaming": [], "blocking": []}
-    for _ in range(rounds):
-        speeds["engine"].append(engine_speed(host, NUM_STREAMS, num_tokens))
+    for _ in range(repeats):
+        speeds["engine"].append(speed_of_engine(host, num_tokens))
         for kind, used in cpu_us.items():
             before = cluster.cpu_s()
-            speeds[kind].append(await speed_of_service(url, num_tokens, stream=kind == "streaming"))
-            total = NUM_STREAMS * num_tokens
+            is_stream = kind == "streaming"
+            speeds[kind].append(await speed_of_service(url, num_tokens, stream=is_stream))
+            total = NUM_REQUESTS * num_tokens
             used.append({name: 1e6 * (after - before[name]) / total for name, after in cluster.cpu_s().items()})
     middle = {name: statistics.median(values) for name, values in speeds.items()}
-    print(f"tokens/s of {NUM_STREAMS} streams of {num_tokens} tokens, {rounds} rounds in turn, median (range):")
+    print(f"tokens/s, {NUM_STREAMS} slots, {NUM_REQUESTS} requests of {num_tokens} tokens ", end="")
+    print(f"({NUM_CLIENTS} clients), {repeats} times in turn, median (range):")
     for name, values in speeds.items():
         print(f"  {name:10} {middle[name]:.0f} ({min(values):.0f} to {max(values):.0f})", end="")
         if name != "engine":
@@ -200,7 +245,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=["rest", "streams", "null", []])
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=5.0)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running

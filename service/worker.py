@@ -1,7 +1,8 @@
 """The worker process: takes jobs from the queue, steps the engines, delivers tokens. It joins queue and engine.
 
-One thread computes and delivers; one keeps the leases (`heartbeat`), one looks for new models (`engine.host`). SIGTERM:
-no new jobs, what can end within the grace time ends, the rest is handed over, to be taken up at the same token.
+One thread computes. One delivers (`publishing`), one hears of cancelled jobs (`cancels`), one keeps the leases
+(`heartbeat`), one looks for new models (`engine.host`). SIGTERM: no new jobs, what can end within the grace time ends,
+the rest is handed over, to be taken up at the same token.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from types import FrameType
 import redis
 import torch
 
+from service.cancels import CancelWatch
 from service.engine.host import Host, Hosts, load_host
 from service.engine.network import choose_serving_dtype
 from service.engine.sequence import Output, Sequence
@@ -27,7 +29,7 @@ from service.heartbeat import Heartbeat
 from service.metrics import WorkerMetrics, serve_metrics
 from service.observer import Observer
 from service.publishing import Publisher
-from service.queue.connection import blocking_redis, check_server
+from service.queue.connection import MAX_BLOCK_S, blocking_redis, check_server
 from service.queue.job import LeasedJob, QueueLimits, WorkerInfo
 from service.queue.worker_queue import WorkerQueue
 from service.settings import Settings
@@ -41,7 +43,6 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.25
 IDLE_WAIT_S = 0.25
 """How long an idle worker sleeps at most before it looks for new models, lost workers' jobs, and SIGTERM."""
-CANCELS_EVERY_S = 0.02
 ANY_COST = 2**31
 SLOTS_PER_SPARE = 32
 """One slot of so many is not for an API key that has more than half of what runs: others begin at once."""
@@ -74,12 +75,12 @@ class Worker:
         self.running: dict[str, Running] = {}
         self.observer = Observer(metrics, tracer or Tracer("worker"))
         self.publisher = Publisher(queue)
+        self.cancels = CancelWatch(queue)
         self.heartbeat = Heartbeat(
             queue, lease_s=queue.limits.lease_ms / 1000, jobs=self.leased_jobs, describe=self.describe
         )
         self.is_stopping = False
         self.must_announce = False
-        self.cancels_read_at_s = 0.0
 
     def stop(self) -> None:
         """Ask the loop to end; safe in a signal handler."""
@@ -89,12 +90,15 @@ class Worker:
         """Work until stopped."""
         self.hosts.start()
         self.heartbeat.start()
+        self.cancels.start()
         try:
             while not self.is_stopping:
                 if not self.turn():
                     self.rest()
             self.drain()
         finally:
+            self.publisher.close()
+            self.cancels.stop()
             self.hosts.stop()
             self.heartbeat.stop()
 
@@ -111,15 +115,12 @@ class Worker:
         if not self.heartbeat.is_connected:
             self.metrics.redis_up.set(0)
             return
-        now_s = time.monotonic()
         try:
             if self.must_announce:
                 self.heartbeat.announce()
                 self.must_announce = False
-            if self.running and now_s - self.cancels_read_at_s >= CANCELS_EVERY_S:
-                self.cancels_read_at_s = now_s
-                for job_id in self.queue.cancelled_jobs() & self.running.keys():
-                    self.forget(job_id, "cancelled")
+            for job_id in self.cancels.take() & self.running.keys():
+                self.forget(job_id, "cancelled")
             if not self.is_stopping:
                 for host in self.hosts.current.values():
                     self.take_jobs(host)
@@ -209,18 +210,27 @@ class Worker:
             del self.running[output.sequence_id]
             self.observer.left(output.sequence_id, output.finish_reason)
 
-    def deliver(self) -> None:
-        """Write what is due to Redis; drop the jobs it no longer wants."""
-        if not self.heartbeat.is_connected or not self.publisher.is_due():
-            return
+    def deliver(self, *, wait_s: float = 0.0) -> None:
+        """Have written what is due, and drop the jobs that Redis no longer wants; with time to wait, all there is."""
         try:
-            for job_id in self.publisher.flush():
-                self.forget(job_id, "lost")
-            self.metrics.publish_seconds.observe(self.publisher.flush_s)
-            for verdict in self.publisher.take_refused():
-                self.metrics.refused_writes.labels(verdict.value).inc()
+            self.hear_of_delivery(wait_s)
+            if self.heartbeat.is_connected:
+                self.publisher.send(everything=wait_s > 0)
+            if wait_s:
+                self.hear_of_delivery(wait_s)
         except NotReady as error:
             self.heartbeat.lost_connection(error)
+
+    def hear_of_delivery(self, wait_s: float) -> None:
+        """Learn what became of what was sent. Raises `NotReady`."""
+        delivery = self.publisher.hear(wait_s=wait_s)
+        if delivery is None:
+            return
+        for job_id in delivery.lost:
+            self.forget(job_id, "lost")
+        self.metrics.publish_seconds.observe(delivery.seconds)
+        for verdict in delivery.refused:
+            self.metrics.refused_writes.labels(verdict.value).inc()
 
     def forget(self, job_id: str, why: str) -> None:
         """Drop a job that is no longer ours; its slot is free at once."""
@@ -239,7 +249,10 @@ class Worker:
 
     def rest(self) -> None:
         """Nothing to compute: sleep until a job may be waiting."""
-        if self.publisher.pending or not self.heartbeat.is_connected or not self.hosts.current:
+        if self.publisher.has_undelivered:
+            self.deliver(wait_s=0.02)
+            return
+        if not self.heartbeat.is_connected or not self.hosts.current:
             time.sleep(0.02)
             return
         try:
@@ -256,8 +269,8 @@ class Worker:
         while self.running and time.monotonic() < end_s:
             self.turn()
         self.hand_over(list(self.running.values()))
-        while self.publisher.pending and time.monotonic() < end_s + 1.0:
-            self.deliver()
+        while self.publisher.has_undelivered and time.monotonic() < end_s + 1.0:
+            self.deliver(wait_s=0.02)
             time.sleep(0.005)
         try:
             self.queue.withdraw()
@@ -277,8 +290,7 @@ class Worker:
         """Give jobs back to the queue, to be taken at once by whoever asks next."""
         if not handed:
             return
-        self.publisher.is_urgent = True
-        self.deliver()  # all that is known goes out before
+        self.deliver(wait_s=MAX_BLOCK_S)  # all that is known goes out before
         jobs = [running.job for running in handed if self.holds(running.job.id, running.job.attempt)]
         try:
             self.queue.release(jobs if self.heartbeat.is_connected else ())

@@ -7,7 +7,7 @@ The meaning of every parameter is that of transformers' logits processors and vL
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -140,12 +140,17 @@ class SampledToken:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+Draw = Callable[[NDArray[np.float32], SamplingParams, float], int]
+"""Draws a token from a row's scores, by its parameters, with a number in [0, 1). May change the scores."""
+
+
 def sample(
     logits_BV: Tensor,
     rows: Sequence[SamplingRow],
     *,
     places: Sequence[int] | None = None,
     logprobs: Sequence[int | None] | None = None,
+    draw: Draw | None = None,
 ) -> list[SampledToken]:
     """Draw one token per row.
 
@@ -154,6 +159,7 @@ def sample(
         rows: what each token is drawn for.
         places: per row, where its scores stand among the B; one after another unless given.
         logprobs: per row, how many likeliest tokens to report beside the drawn one's log-probability; None for none.
+        draw: a faster `draw_from_scores`.
 
     Raises:
         WeightsError: the scores are not numbers, which only damaged weights give.
@@ -169,18 +175,22 @@ def sample(
         token_ids[number] = token_id
     scores = copies(logits_BV, [places[number] for number in others])
     for number, scores_V in zip(others, scores, strict=True):
-        token_ids[number] = choose(scores_V, rows[number])
+        token_ids[number] = choose(scores_V, rows[number], draw or draw_from_scores)
     if logprobs is None or all(count is None for count in logprobs):
         return [SampledToken(token_id) for token_id in token_ids]
     return with_logprobs(logits_BV, token_ids, logprobs, places)
 
 
 def copies(logits_BV: Tensor, places: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-    """Yield rows as fp32 vectors to change: from a GPU all in one copy, on a CPU one by one, still in its cache."""
+    """Yield rows as fp32 vectors to change, each good until the next: from a GPU all in one copy, on a CPU one by one.
+
+    There into the same memory, which stays in its cache: fresh memory of this size comes from the system page by page.
+    """
     if logits_BV.device.type == "cpu":
+        scores_V = np.empty(logits_BV.shape[1], dtype=np.float32)
         for place in places:
-            scores_V = floats(logits_BV[place])
-            yield scores_V.copy() if logits_BV.dtype == torch.float32 else scores_V
+            np.copyto(scores_V, floats(logits_BV[place]))
+            yield scores_V
     elif places:
         yield from logits_BV[list(places)].to("cpu", torch.float32).numpy()
 
@@ -221,22 +231,28 @@ def check_numbers(are_numbers: bool) -> None:
         raise WeightsError("the model's scores are not numbers; its weights are damaged, export or download them again")
 
 
-def choose(scores_V: NDArray[np.float32], row: SamplingRow) -> int:
-    """Choose one row's token. Changes the scores.
-
-    NumPy on one thread: these vectors are too short to gain from torch's threads, which cost most on a busy machine.
-    """
+def choose(scores_V: NDArray[np.float32], row: SamplingRow, draw: Draw) -> int:
+    """Choose one row's token. Changes the scores."""
     bar_tokens(scores_V, row)
     apply_bias(scores_V, row.params.logit_bias)
     apply_penalties(scores_V, row)
+    if row.params.is_greedy:
+        best = int(scores_V.argmax())  # NaN counts as largest
+        check_numbers(bool(np.isfinite(scores_V[best])))
+        return best
+    return draw(scores_V, row.params, uniform(row.params.seed, row.index))
+
+
+def draw_from_scores(scores_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
+    """Draw the token at quantile `u` of the distribution that scores and parameters give. Changes the scores.
+
+    NumPy on one thread: these vectors are too short to gain from torch's threads, which cost most on a busy machine.
+    """
     best = scores_V.max()
     check_numbers(bool(np.isfinite(best)))
-    if row.params.is_greedy:
-        return int(scores_V.argmax())
     scores_V -= best  # now no temperature, however small, overflows
-    scores_V /= np.float32(row.params.temperature)
-    weights_V = np.exp(scores_V, out=scores_V)
-    return draw(weights_V, row.params, uniform(row.params.seed, row.index))
+    scores_V /= np.float32(params.temperature)
+    return draw(np.exp(scores_V, out=scores_V), params, u)
 
 
 def bar_tokens(scores_V: NDArray[np.float32], row: SamplingRow) -> None:

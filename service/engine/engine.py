@@ -235,6 +235,7 @@ class Engine:
                 [item.sequence.row for item, _ in live],
                 places=[row + depth for _, row in live],
                 logprobs=[item.sequence.logprobs for item, _ in live],
+                draw=self.network.draw,
             )
             now_s = self.clock()
             still: list[tuple[Work, int]] = []

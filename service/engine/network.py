@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from service.engine.attention import StepAttention
@@ -20,6 +22,7 @@ from shared.config import ModelConfig
 from shared.device import Choice, choose_dtype
 from shared.errors import ConfigError
 from shared.model import SmolLM2
+from shared.sampling import SamplingParams, draw_from_scores
 
 Weights = Literal["dtype", "int8"]
 
@@ -37,6 +40,9 @@ class Network(Protocol):
             (B, V): what may follow each token in `places`, which counts in `token_ids`. Good until the next call.
         """
 
+    def draw(self, scores_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
+        """Draw a token as `shared.sampling.draw_from_scores` does."""
+
 
 class TorchNetwork:
     """The network as PyTorch computes it, on any device and in any dtype; in fp32 it is the oracle's own."""
@@ -52,6 +58,9 @@ class TorchNetwork:
         ids_1N, positions_1N = torch.tensor([token_ids], device=device), torch.tensor([positions], device=device)
         hidden_ND = self.model.hidden_states(ids_1N, positions_1N, StepAttention(cache, spans))[0]
         return self.model.logits(hidden_ND if len(places) == len(token_ids) else hidden_ND[list(places)])
+
+    def draw(self, scores_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
+        return draw_from_scores(scores_V, params, u)
 
 
 def choose_serving_dtype(device: torch.device, requested: str, *, kernels: str = "auto") -> Choice[torch.dtype]:

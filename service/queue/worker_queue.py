@@ -167,10 +167,14 @@ class WorkerQueue:
                 self._forget(job)
         return verdicts
 
-    def cancelled_jobs(self) -> set[str]:
-        """Return ids of running jobs closed from outside since the last call; some may be other workers' jobs."""
+    def cancelled_jobs(self, *, wait_s: float = 0.0) -> set[str]:
+        """Return ids of running jobs closed from outside since the last call; some may be other workers' jobs.
+
+        Where there are none it waits for some inside Redis, at most `wait_s` (and 1 s). For one thread.
+        """
+        block_ms = round(1000 * min(wait_s, MAX_BLOCK_S)) or None
         with redis_errors_as_not_ready():
-            reply: Any = self._client.xread({keys.CANCELLED: self._cancel_cursor})
+            reply: Any = self._client.xread({keys.CANCELLED: self._cancel_cursor}, block=block_ms)
         cancelled = set()
         for _, entries in reply or []:
             for entry_id, fields in entries:

@@ -31,6 +31,14 @@ def drawn(job: LeasedJob, index: int, *, end: bool = False) -> Output:
     return Output(sequence_id=job.id, first_index=index, token_ids=(7,), text="a", **ending)  # type: ignore[arg-type]
 
 
+def delivered(publisher: Publisher) -> tuple[set[str], list[Verdict]]:
+    """Send everything; return which jobs were lost, and what else Redis refused to take."""
+    publisher.send(everything=True)
+    delivery = publisher.hear(wait_s=60)
+    assert delivery is not None and not delivery.left and publisher.hear() is None and not publisher.has_undelivered
+    return delivery.lost, delivery.refused
+
+
 @pytest.mark.anyio
 async def test_a_redelivered_job_and_the_refused_write_of_its_first_worker_are_counted(
     redis_url: str, caplog: pytest.LogCaptureFixture
@@ -52,16 +60,16 @@ async def test_a_redelivered_job_and_the_refused_write_of_its_first_worker_are_c
     observer = Observer(metrics, Tracer("worker"))
     observer.took(job, "tiny")
     publisher.add(job, drawn(job, 0))
-    assert publisher.flush() == set() and publisher.take_refused() == []
+    assert delivered(publisher) == (set(), [])
     assert value_of(metrics.registry, "worker_redeliveries_total", model="tiny") == 0
 
     assert first.release([job]) == [Verdict.OK]
     (again,) = second.next("tiny", "r", num_slots=1, num_tokens=100)
     publisher.add(job, drawn(job, 1))  # it does not know yet
-    assert publisher.flush() == {job.id} and publisher.take_refused() == [Verdict.FENCED]
+    assert delivered(publisher) == ({job.id}, [Verdict.FENCED])
     publisher.add(job, drawn(job, 2, end=True))
-    publisher.flush()
-    assert publisher.take_refused() == [Verdict.FENCED] and publisher.take_refused() == []
+    assert delivered(publisher) == (set(), [Verdict.FENCED])
+    publisher.close()
 
     exporter = InMemorySpanExporter()
     provider = provider_of("worker", exporter)

@@ -1,5 +1,6 @@
 // The library's functions as C sees them: make a network, give it its weights, compute steps. `library.py` calls them.
 #include "decoder.h"
+#include "draw.h"
 
 #include <mutex>
 
@@ -72,6 +73,12 @@ void smollm_set_matrix(Decoder* decoder, int layer, int part, int first, int num
         widen((Kind)kind, numbers, (int64_t)i * matrix.num_inputs, matrix.num_inputs, row.data());
         matrix.set(output, row.data());
     }
+}
+
+// Draws a token from scores, which it changes; see draw.h. Returns -1 if they are no numbers.
+int smollm_draw(float* scores, int size, float temperature, int top_k, double top_p, float min_p, double u) {
+    static thread_local Draw draw;
+    return draw.from(scores, size, temperature, top_k, top_p, min_p, u);
 }
 
 void smollm_step(Decoder* decoder, const Step* step, int num_threads) {

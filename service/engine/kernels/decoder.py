@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from service.engine.kernels.library import Library, Shape, Step
 from service.engine.kv_cache import KVCache, Span
 from shared.config import ModelConfig
 from shared.model import SmolLM2
+from shared.sampling import SamplingParams, check_numbers
 
 QKV, OUT, GATE_UP, DOWN, HEAD = range(5)
 INPUT_NORM, POST_NORM, LAST_NORM = range(3)
@@ -123,3 +125,21 @@ class CompiledDecoder:
         )
         self.functions.smollm_step(self.handle, ctypes.byref(step), torch.get_num_threads())
         return self.logits_BV[: len(places), : self.config.vocab_size]
+
+    def draw(self, scores_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
+        """Draw a token: `shared.sampling.draw_from_scores`, in one pass."""
+        return draw_with(self.library, scores_V, params, u)
+
+
+def draw_with(library: Library, scores_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
+    """As `shared.sampling.draw_from_scores`; `draw.h` says how. Its weights differ from NumPy's in their last bits.
+
+    Raises:
+        WeightsError: the scores are not numbers.
+    """
+    assert scores_V.dtype == np.float32 and scores_V.flags.c_contiguous
+    token_id: int = library.functions.smollm_draw(
+        scores_V.ctypes.data, len(scores_V), params.temperature, params.top_k, params.top_p, params.min_p, u
+    )
+    check_numbers(token_id >= 0)
+    return token_id

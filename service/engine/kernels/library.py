@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from ctypes import POINTER, Structure, c_float, c_int, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_void_p
 
 from service.engine.kernels.build import KernelsUnavailable, find_library, usable_levels
 
@@ -42,6 +42,7 @@ SIGNATURES = {
     "smollm_set_tables": (None, [c_void_p, c_void_p, c_void_p, c_void_p]),
     "smollm_set_norm": (None, [c_void_p, c_int, c_int, c_void_p]),
     "smollm_set_matrix": (None, [c_void_p, c_int, c_int, c_int, c_int, c_int, c_void_p]),
+    "smollm_draw": (c_int, [c_void_p, c_int, c_float, c_int, c_double, c_float, c_double]),
     "smollm_step": (None, [c_void_p, POINTER(Step), c_int]),
 }
 

@@ -66,6 +66,7 @@ def test_random_requests_are_the_oracles(seed: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1_800)
 def test_a_thousand_long_random_requests_are_the_oracles() -> None:
     compare(small_model(), small_tokenizer(), 1_000, "small model")
 

@@ -1,0 +1,78 @@
+"""The kernels draw the tokens that `shared.sampling` draws, at every level of instructions this machine has."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.engine.kernels.build import usable_levels
+from service.engine.kernels.decoder import draw_with
+from service.engine.kernels.library import load_library
+from shared.errors import WeightsError
+from shared.sampling import Draw, SamplingParams, draw_from_scores
+
+LEVELS = [level.name for level in usable_levels("auto")]
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"top_p": 0.95},
+    {"top_p": 0.5},
+    {"top_k": 1},
+    {"top_k": 40},
+    {"top_k": 300},
+    {"min_p": 0.05},
+    {"top_k": 40, "top_p": 0.9},
+    {"top_p": 0.9, "min_p": 0.02},
+    {"top_k": 50, "top_p": 0.9, "min_p": 0.1},
+    {"top_p": 1e-9},
+    {"min_p": 1.0},
+]
+
+
+@pytest.fixture(params=LEVELS)
+def draw(request: pytest.FixtureRequest) -> Draw:
+    return functools.partial(draw_with, load_library(request.param))
+
+
+def rows(size: int) -> list[NDArray[np.float32]]:
+    """Scores like a model's, flat and steep ones, with ties, and with tokens that are barred."""
+    random = np.random.default_rng(size)
+    normal = random.standard_normal(size).astype(np.float32)
+    barred = np.where(random.random(size) < 0.7, np.float32(-np.inf), normal)
+    barred[size // 2] = 0.0
+    return [normal, 3 * normal, 12 * normal - 30, np.round(2 * normal), np.zeros(size, np.float32), barred]
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 257, 515, 5_003, 49_152])
+def test_draws_are_those_of_the_reference(draw: Draw, size: int) -> None:
+    random, num_drawn, differing = np.random.default_rng(1), 0, []
+    for place, scores_V in enumerate(rows(size)):
+        for number, filters in enumerate(FILTERS):
+            for temperature in (0.7, 1.0, 2.5):
+                for u in (0.0, 1.0 - 2.0**-53, *random.random(3)):
+                    params = SamplingParams(temperature=temperature, **filters)
+                    drawn = draw(scores_V.copy(), params, u)
+                    expected = draw_from_scores(scores_V.copy(), params, u)
+                    num_drawn += 1
+                    if drawn != expected:
+                        differing.append((place, number, temperature, u, drawn, expected))
+    # Two ways to round put a border between two tokens some 1e-7 apart: a u that falls there is drawn otherwise.
+    assert len(differing) <= num_drawn // 500, differing
+
+
+def test_a_tiny_temperature_leaves_the_likeliest(draw: Draw) -> None:
+    scores_V = np.array([1.0, 3.0, 2.999, -1e30, -np.inf] * 30, dtype=np.float32)
+    assert {draw(scores_V.copy(), SamplingParams(temperature=1e-5), u) % 5 for u in (0.0, 0.3, 0.999)} == {1}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scores_that_are_not_numbers_say_so(draw: Draw, value: float) -> None:
+    scores_V = np.zeros(600, dtype=np.float32)
+    scores_V[577] = value
+    with pytest.raises(WeightsError, match="not numbers"):
+        draw(scores_V, SamplingParams(), 0.5)
+    with pytest.raises(WeightsError, match="not numbers"):
+        draw(np.full(600, -np.inf, dtype=np.float32), SamplingParams(), 0.5)

@@ -1,0 +1,138 @@
+"""What a worker has drawn reaches Redis in order, through an outage as well, and nothing of a dropped job does."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.engine.sequence import Output
+from service.errors import NotReady
+from service.publishing import Publisher
+from service.queue.connection import async_redis, blocking_redis
+from service.queue.job import JobRecord, JobRequest, LeasedJob, QueueLimits, WorkerInfo
+from service.queue.job_queue import JobQueue
+from service.queue.local_server import LocalRedis, start_redis
+from service.queue.worker_queue import WorkerQueue
+
+LIMITS = QueueLimits(lease_ms=600_000)
+TEXT = "Speak, speak."
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[LocalRedis]:
+    """A Redis of its own, to be frozen."""
+    with start_redis(directory=tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def publisher(server: LocalRedis) -> Iterator[Publisher]:
+    client = blocking_redis(server.url)
+    worker = WorkerQueue(client, worker_id="worker", limits=LIMITS)
+    worker.announce(WorkerInfo(id="worker", models={"tiny": "r"}, slots=4, free=4, device="cpu", dtype="float32"))
+    publisher = Publisher(worker)
+    yield publisher
+    publisher.close()
+    client.close()
+
+
+def take(server: LocalRedis, publisher: Publisher, count: int) -> list[LeasedJob]:
+    async def admit() -> None:
+        redis = async_redis(server.url)
+        for seed in range(count):
+            job = JobRequest(model="tiny", prompt_ids=(1,), max_new_tokens=20, sampling={"seed": seed})
+            await JobQueue(redis, limits=LIMITS).admit(job, timeout_s=600)
+        await redis.aclose()
+
+    asyncio.run(admit())
+    return publisher.queue.next("tiny", "r", num_slots=count, num_tokens=1_000)
+
+
+def draw(publisher: Publisher, job: LeasedJob, start: int, end: int) -> None:
+    """Note the tokens `start` to `end`, each a character of `TEXT`; the last one ends the job."""
+    for index in range(start, end):
+        output = Output(
+            sequence_id=job.id,
+            first_index=index,
+            token_ids=(index,),
+            text=TEXT[index],
+            finish_reason="length" if index + 1 == len(TEXT) else None,
+        )
+        publisher.add(job, output)
+
+
+def read(server: LocalRedis, job: LeasedJob) -> JobRecord:
+    async def get() -> JobRecord | None:
+        redis = async_redis(server.url)
+        try:
+            return await JobQueue(redis, limits=LIMITS).get(job.id)
+        finally:
+            await redis.aclose()
+
+    record = asyncio.run(get())
+    assert record is not None
+    return record
+
+
+def test_what_redis_does_not_take_goes_out_when_it_is_back_with_what_came_since(
+    server: LocalRedis, publisher: Publisher
+) -> None:
+    [job] = take(server, publisher, 1)
+    draw(publisher, job, 0, 2)
+    publisher.send()
+    assert publisher.hear(wait_s=60) is not None
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    draw(publisher, job, 2, 5)
+    publisher.send(everything=True)
+    draw(publisher, job, 5, 8)
+    publisher.send(everything=True)  # one delivery at a time
+    assert publisher.hear() is None and [*publisher.pending] == [job.id]
+    with pytest.raises(NotReady):
+        publisher.hear(wait_s=60)
+    draw(publisher, job, 8, len(TEXT))
+    server.process.send_signal(signal.SIGCONT)  # it now takes, late, what it was sent while it was frozen
+    for _ in range(2):
+        publisher.send(everything=True)
+        delivery = publisher.hear(wait_s=60)
+        assert delivery is not None and not delivery.refused
+    record = read(server, job)
+    assert (record.completion.text, record.completion.token_ids) == (TEXT, tuple(range(len(TEXT))))
+    assert record.state.is_final and not publisher.has_undelivered
+
+
+def test_only_what_somebody_waits_for_goes_out_at_once(server: LocalRedis, publisher: Publisher) -> None:
+    first, second = take(server, publisher, 2)
+    draw(publisher, first, 0, 2)
+    publisher.send(everything=True)
+    assert publisher.hear(wait_s=60) is not None
+    draw(publisher, first, 2, 4)
+    draw(publisher, second, 0, 1)
+    publisher._all_sent_at_s = float("inf")  # no time for all of them comes
+    publisher.send()
+    assert publisher.hear(wait_s=60) is not None
+    assert [*publisher.pending] == [first.id] and read(server, second).completion.token_ids == (0,)
+    draw(publisher, first, 4, len(TEXT))
+    publisher.send()
+    assert publisher.hear(wait_s=60) is not None
+    assert read(server, first).completion.text == TEXT and not publisher.has_undelivered
+
+
+def test_a_job_dropped_in_an_outage_is_not_sent_again(server: LocalRedis, publisher: Publisher) -> None:
+    kept, dropped = take(server, publisher, 2)
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    for job in (kept, dropped):
+        draw(publisher, job, 0, 1)
+    publisher.send(everything=True)
+    with pytest.raises(NotReady):
+        publisher.hear(wait_s=60)
+    publisher.drop(dropped.id)
+    assert publisher.has_undelivered
+    publisher.drop(kept.id)
+    assert not publisher.has_undelivered
+    server.process.send_signal(signal.SIGCONT)
