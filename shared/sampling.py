@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import GenerationError, WeightsError
-from shared.scores import PromptScores
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this leave one token in any case, and would divide by zero in fp32. vLLM's limit."""
@@ -28,9 +27,6 @@ BUCKET_SHIFT = 19
 
 BLOCK = 256
 """Weights are summed in blocks of this many: only the block that holds the quantile is walked one by one."""
-
-SCORED_AT_A_TIME = 32
-"""Rows of a prompt's scores turned into log-probabilities together: 6 MB of fp32 with 49,152 ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,18 +386,3 @@ def log_probabilities(logits_BV: Tensor, token_ids: Sequence[int], num_top: int)
     best = logprobs_BV.topk(min(num_top, logits_BV.shape[1]), dim=-1)
     chosen_B = logprobs_BV.gather(1, torch.tensor(token_ids, device=logits_BV.device).unsqueeze(1)).squeeze(1)
     return chosen_B, best.indices, best.values
-
-
-def score_prompt(logits_TV: Tensor, token_ids: Sequence[int], num_top: int) -> PromptScores:
-    """Reduce the scores behind T tokens of a prompt to those of the tokens that follow each.
-
-    A few rows at a time: their fp32 copies then stay in a CPU's cache, which makes it twice as fast as all at once.
-
-    Raises:
-        WeightsError: the scores are not numbers.
-    """
-    pieces = [slice(start, start + SCORED_AT_A_TIME) for start in range(0, len(token_ids), SCORED_AT_A_TIME)]
-    rated = [log_probabilities(logits_TV[piece], token_ids[piece], num_top) for piece in pieces]
-    chosen_T, ids_TK, best_TK = (torch.cat(parts).cpu().numpy() for parts in zip(*rated, strict=True))
-    check_numbers(not np.isnan(chosen_T).any())
-    return PromptScores(chosen_T, ids_TK.astype(np.uint32), best_TK)
