@@ -251,8 +251,7 @@ class Worker:
         """Nothing to compute: sleep until a job may be waiting."""
         if self.publisher.has_undelivered:
             self.deliver(wait_s=0.02)
-            return
-        if not self.heartbeat.is_connected or not self.hosts.current:
+        if self.publisher.has_undelivered or not self.heartbeat.is_connected or not self.hosts.current:
             time.sleep(0.02)
             return
         try:

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
-from shared.sampling import check_numbers, log_probabilities
-
-SCORED_AT_A_TIME = 32
-"""Rows of a prompt's scores turned into log-probabilities together: 6 MB of fp32 with 49,152 ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +65,3 @@ def empty(num_top: int) -> PromptScores:
     """Return the scores of a prompt of one token."""
     no_floats = np.zeros((0, num_top), dtype=np.float32)
     return PromptScores(np.zeros(0, dtype=np.float32), np.zeros((0, num_top), dtype=np.uint32), no_floats)
-
-
-def score_prompt(logits_TV: Tensor, token_ids: Sequence[int], num_top: int) -> PromptScores:
-    """Reduce the scores behind T tokens of a prompt to those of the tokens that follow each.
-
-    A few rows at a time: their fp32 copies then stay in a CPU's cache, which makes it twice as fast as all at once.
-
-    Raises:
-        WeightsError: the scores are not numbers.
-    """
-    pieces = [slice(start, start + SCORED_AT_A_TIME) for start in range(0, len(token_ids), SCORED_AT_A_TIME)]
-    rated = [log_probabilities(logits_TV[piece], token_ids[piece], num_top) for piece in pieces]
-    chosen_T, ids_TK, best_TK = (torch.cat(parts).cpu().numpy() for parts in zip(*rated, strict=True))
-    check_numbers(not np.isnan(chosen_T).any())
-    return PromptScores(chosen_T, ids_TK.astype(np.uint32), best_TK)

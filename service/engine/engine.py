@@ -16,13 +16,13 @@ from service.engine.kv_cache import KVCache
 from service.engine.network import Network, TorchNetwork
 from service.engine.pace import Pace
 from service.engine.scheduler import Scheduler, Work
+from service.engine.scoring import score_prompt
 from service.engine.sequence import Output, Sequence
 from service.engine.stopping import Ended, Released
 from shared.errors import GenerationError
 from shared.generate import check_prompt
 from shared.model import SmolLM2
 from shared.sampling import SampledToken, sample
-from shared.scores import score_prompt
 from shared.tokenizer import Tokenizer
 
 USUAL_PACE = {"cpu": (0.010, 0.0004), "cuda": (0.003, 0.000_01)}
