@@ -160,10 +160,10 @@ def sample(
     Raises:
         WeightsError: the scores are not numbers, which only damaged weights give.
     """
-    assert logits_BV.dim() == 2 and len(places or logits_BV) == len(rows), (logits_BV.shape, places, len(rows))
+    places = range(len(logits_BV)) if places is None else places
+    assert logits_BV.dim() == 2 and len(places) == len(rows), (logits_BV.shape, places, len(rows))
     if not rows:
         return []
-    places = range(len(rows)) if places is None else places
     token_ids = [0] * len(rows)
     plain = [number for number, row in enumerate(rows) if row.is_plain]
     others = [number for number, row in enumerate(rows) if not row.is_plain]

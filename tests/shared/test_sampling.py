@@ -277,6 +277,7 @@ def test_scores_of_16_bits_are_taken(dtype: torch.dtype) -> None:
 
 def test_an_empty_batch_gives_nothing() -> None:
     assert sample(torch.empty(0, V), []) == []
+    assert sample(scores(1, rows=2), [], places=[]) == [], "scores of which none are wanted"
 
 
 def test_scores_that_are_not_numbers_say_so() -> None:

@@ -6,8 +6,10 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.oracle import Cases, check_against_oracle, compare, random_engine, small_model, small_tokenizer
 from service.engine.engine import Engine
@@ -90,6 +92,19 @@ def test_a_completion_that_was_already_whole_only_ends() -> None:
     whole = run(engine_of(), sequence([5, 6, 7]))
     [output] = run(engine_of(), sequence([5, 6, 7], completion_ids=ids_of(whole)))
     assert (output.first_index, output.token_ids, output.text, output.finish_reason) == (8, (), "", "length")
+
+
+def test_a_sequence_whose_grammar_gives_up_ends_alone_and_the_engine_goes_on() -> None:
+    class GivesUp:
+        def allowed(self) -> NDArray[np.bool_]:
+            raise GenerationError("the grammar became too complex")
+
+    engine, doomed = engine_of(), sequence([5, 6, 7])
+    engine.add(doomed)
+    doomed.row.constraint = GivesUp()
+    [output] = engine.step()
+    assert (output.finish_reason, output.error) == ("error", "the grammar became too complex")
+    assert not engine.has_work and len(ids_of(run(engine, sequence([5, 6, 7])))) == 8
 
 
 def test_an_end_token_first_gives_an_empty_completion() -> None:
