@@ -45,13 +45,10 @@ class CancelWatch:
         while not self._stop.is_set():
             try:
                 cancelled = self.queue.cancelled_jobs(wait_s=WAIT_S)
-            except NotReady:  # the heartbeat tells of it
+            except Exception as error:  # without this thread nothing could be cancelled
+                if not isinstance(error, NotReady):  # of which the heartbeat tells
+                    log.exception("could not hear of cancelled jobs")
                 self._stop.wait(RETRY_S)
-                continue
-            except Exception:  # without this thread nothing could be cancelled
-                log.exception("could not hear of cancelled jobs")
-                self._stop.wait(RETRY_S)
-                continue
-            if cancelled:
+            else:
                 with self._lock:
                     self._cancelled |= cancelled

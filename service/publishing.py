@@ -143,7 +143,9 @@ class Publisher:
         Raises:
             NotReady: Redis is away; what it did not take is sent again.
         """
-        if self._way is None or not (self._way.done() or futures.wait([self._way], wait_s).done):
+        if self._way is not None and wait_s > 0:
+            futures.wait([self._way], wait_s)
+        if self._way is None or not self._way.done():
             return None
         way, self._way = self._way, None
         way.result()

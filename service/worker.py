@@ -25,7 +25,7 @@ from service.engine.host import Host, Hosts, load_host
 from service.engine.network import choose_serving_dtype
 from service.engine.sequence import Output, Sequence
 from service.errors import NotReady
-from service.heartbeat import Heartbeat
+from service.heartbeat import RETRY_S, Heartbeat
 from service.metrics import WorkerMetrics, serve_metrics
 from service.observer import Observer
 from service.publishing import Publisher
@@ -40,7 +40,6 @@ from shared.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 0.25
 IDLE_WAIT_S = 0.25
 """How long an idle worker sleeps at most before it looks for new models, lost workers' jobs, and SIGTERM."""
 ANY_COST = 2**31

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,14 @@ def instruct_folder() -> Path:
     if not (INSTRUCT / "manifest.json").is_file():
         pytest.skip("models/smollm2-135m-instruct is not there; run `python -m shared.pretrained`")
     return INSTRUCT
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from a second thread, and lose much where the machine is busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -13,7 +13,6 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
-import torch
 
 from service.queue.job import JobRequest, JobState
 from service.queue.local_server import start_redis
@@ -28,21 +27,12 @@ from tests.processes import free_port
 from tests.service.worker_process import WorkerProcess, connect, wait_for
 from tests.tiny import TINY, tiny_model, tiny_tokenizer, write_tiny_export
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_thread")]
 
 StartWorker = Callable[..., WorkerProcess]
 
 LONG: ModelConfig = dataclasses.replace(TINY, max_position_embeddings=2_048, num_hidden_layers=6)
 """Long and deep enough that a completion takes a second: something can happen to it in the middle."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The oracle's matrices are too small for two threads, which cost most on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -196,6 +196,17 @@ def test_killed_three_times_the_weights_are_the_same(root: Path, whole: RunFolde
     assert (root / "models" / "smoke" / "manifest.json").is_file()
 
 
+def check_it_stopped_and_goes_on(root: Path, whole: RunFolder, returncode: int, errors: str) -> None:
+    """The row says what the last checkpoint holds, and from there the same command comes to the same weights."""
+    folder = RunFolder(root / "runs" / "smoke")
+    assert returncode == 0, errors
+    stopped = read_rows(folder.metrics)[-1]
+    assert stopped["state"] == "stopped"
+    assert Checkpoints(folder.checkpoints, keep=2).steps()[-1] == stopped["at_step"]
+    train_small(root)
+    assert weights_sha256(folder) == weights_sha256(whole)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_exits_0_and_goes_on(root: Path, whole: RunFolder, number: signal.Signals) -> None:
     folder = RunFolder(root / "runs" / "smoke")
@@ -205,13 +216,8 @@ def test_asked_to_stop_it_saves_exits_0_and_goes_on(root: Path, whole: RunFolder
     start = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - start < 10
-    assert process.returncode == 0, errors
     assert "saved; the same command goes on from here" in errors
-    stopped = read_rows(folder.metrics)[-1]
-    assert stopped["state"] == "stopped"
-    assert Checkpoints(folder.checkpoints, keep=2).steps()[-1] == stopped["at_step"]
-    train_small(root)
-    assert weights_sha256(folder) == weights_sha256(whole)
+    check_it_stopped_and_goes_on(root, whole, process.returncode, errors)
 
 
 def test_asked_to_stop_in_a_save_it_finishes_that_one_and_goes_on_from_there(root: Path, whole: RunFolder) -> None:
@@ -220,13 +226,8 @@ def test_asked_to_stop_in_a_save_it_finishes_that_one_and_goes_on_from_there(roo
     assert wait_for(lambda: any(folder.checkpoints.glob(".step-*")), process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
     assert "saved; the same command goes on from" in errors
-    stopped = read_rows(folder.metrics)[-1]
-    assert stopped["state"] == "stopped"
-    assert Checkpoints(folder.checkpoints, keep=2).steps()[-1] == stopped["at_step"]
-    train_small(root)
-    assert weights_sha256(folder) == weights_sha256(whole)
+    check_it_stopped_and_goes_on(root, whole, process.returncode, errors)
     assert losses(folder) == losses(whole)
 
 

@@ -15,14 +15,6 @@ constexpr int GROUPS = 16;       // 4-byte groups of inputs in a tile
 constexpr int TILE = 1024;       // bytes
 constexpr int ROWS = 32;         // rows that are computed together, at most
 
-// The floats of `count` numbers from `from` on, zeros behind them.
-inline Floats load_some(const float* from, int count) {
-    if (count >= LANES) return load<Floats>(from);
-    Floats vector = {};
-    memcpy(&vector, from, count * sizeof(float));
-    return vector;
-}
-
 enum Kind { FP32, BF16, FP16 };
 
 // Writes numbers [from, from + count) of an array of any kind as floats.
@@ -37,7 +29,7 @@ inline void widen(Kind kind, const void* numbers, int64_t from, int count, float
         Halves given = {};
         memcpy(&given, halves + k, some * sizeof(uint16_t));
         const Floats wide = kind == BF16 ? from_bf16(given) : from_fp16(given);
-        memcpy(to + k, &wide, some * sizeof(float));
+        store_some(to + k, wide, some);
     }
 }
 

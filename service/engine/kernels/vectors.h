@@ -33,6 +33,20 @@ inline Floats as_floats(Words bits) { return (Floats)bits; }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 
+// The floats of `count` numbers from `from` on, at most LANES, and `beyond` behind them.
+inline Floats load_some(const float* from, int count, float beyond = 0) {
+    if (count >= LANES) return load<Floats>(from);
+    Floats vector = splat(beyond);
+    memcpy(&vector, from, count * sizeof(float));
+    return vector;
+}
+
+// As many of the numbers as `count` says, at most LANES.
+inline void store_some(float* to, Floats numbers, int count) {
+    if (count >= LANES) return store(to, numbers);
+    memcpy(to, &numbers, count * sizeof(float));
+}
+
 // bfloat16 is the upper half of a float.
 inline Floats from_bf16(Halves halves) { return as_floats(__builtin_convertvector(halves, Words) << 16); }
 
@@ -51,12 +65,6 @@ inline float from_bf16(uint16_t half) {
     float number;
     memcpy(&number, &bits, 4);
     return number;
-}
-
-inline uint16_t to_bf16(float number) {
-    uint32_t bits;
-    memcpy(&bits, &number, 4);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 // fp16's exponent and mantissa stand in fp32's places as a number 2^112 too small; infinities and NaNs stay such.

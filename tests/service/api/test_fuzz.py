@@ -22,11 +22,9 @@ def test_nothing_the_description_allows_or_forbids_is_a_5xx(whole_api: Api) -> N
 
 
 @pytest.mark.anyio
+@pytest.mark.usefixtures("one_thread")
 async def test_stream_blocking_answer_and_plain_loop_agree(whole_api: Api) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the plain loop's tiny matrices gain nothing from more
     outcome = Outcome()
     reference = Reference(whole_api.settings.models_dir / "tiny", torch.float32)  # whole_api's worker computes so
     await fuzz_equal(whole_api.url, reference, outcome, count=64, seed=2, limit_s=60)
-    torch.set_num_threads(threads)
     assert outcome.faults == [] and outcome.inputs > 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.oracle import EagerPace
 from service.engine.drafting import MOST, Drafter
@@ -86,15 +85,12 @@ def run(engine: Engine, **values: Any) -> tuple[list[int], int]:
 
 
 @pytest.fixture
-def two_engines() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def two_engines(one_thread: None) -> list[Engine]:
     engines = [
         Engine(tiny_model(), tiny_tokenizer(), num_slots=1, max_cached_tokens=256, speculate=on) for on in (False, True)
     ]
     engines[1].pace = engines[1].scheduler.pace = EagerPace(fixed_s=0.01, each_s=0.001)
-    yield engines
-    torch.set_num_threads(before)
+    return engines
 
 
 def test_repeating_text_takes_fewer_steps_and_the_same_tokens(two_engines: list[Engine]) -> None:

@@ -5,22 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from service.engine.engine import Engine
 from service.engine.sequence import Sequence
 from shared.sampling import SamplingParams
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SYSTEM = [7 + place % 300 for place in range(100)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def engine_of(**values: Any) -> Engine:
