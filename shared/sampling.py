@@ -7,9 +7,10 @@ The meaning of every parameter is that of transformers' logits processors and vL
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -115,16 +116,20 @@ class SamplingRow:
         return len(self.completion_ids)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the token is the likeliest by the model's own scores."""
+    def changes_scores(self) -> bool:
+        """Whether the token is drawn from other scores than the model's own."""
         params = self.params
         return (
-            params.is_greedy
-            and not params.has_penalties
-            and not params.logit_bias
-            and self.constraint is None
-            and self.index >= params.min_tokens
+            params.has_penalties
+            or bool(params.logit_bias)
+            or self.constraint is not None
+            or self.index < params.min_tokens
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token is the likeliest by the model's own scores."""
+        return self.params.is_greedy and not self.changes_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +141,10 @@ class SampledToken:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-Draw = Callable[[NDArray[np.float32], SamplingParams, float], int]
-"""Draws a token from a row's scores, by its parameters, with a number in [0, 1). May change the scores."""
+Scores = NDArray[np.float32]
+
+Draw = Callable[[Sequence[Scores], Sequence[SamplingParams], Sequence[float]], list[int]]
+"""Draws a token from each row's scores (V,), by its parameters, with a number in [0, 1). Changes nothing."""
 
 
 def sample(
@@ -155,7 +162,7 @@ def sample(
         rows: what each token is drawn for.
         places: per row, where its scores stand among the B; one after another unless given.
         logprobs: per row, how many likeliest tokens to report beside the drawn one's log-probability; None for none.
-        draw: a faster `draw_from_scores`.
+        draw: a faster `draw_all`.
 
     Raises:
         WeightsError: the scores are not numbers, which only damaged weights give.
@@ -169,35 +176,29 @@ def sample(
     others = [number for number, row in enumerate(rows) if not row.is_plain]
     for number, token_id in zip(plain, likeliest(logits_BV, [places[number] for number in plain]), strict=True):
         token_ids[number] = token_id
-    scores = copies(logits_BV, [places[number] for number in others])
-    for number, scores_V in zip(others, scores, strict=True):
-        token_ids[number] = choose(scores_V, rows[number], draw or draw_from_scores)
+    scores = read_scores(logits_BV, [places[number] for number in others])
+    chosen = choose(scores, [rows[number] for number in others], draw or draw_all)
+    for number, token_id in zip(others, chosen, strict=True):
+        token_ids[number] = token_id
     if logprobs is None or all(count is None for count in logprobs):
         return [SampledToken(token_id) for token_id in token_ids]
     return with_logprobs(logits_BV, token_ids, logprobs, places)
 
 
-def copies(logits_BV: Tensor, places: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-    """Yield rows as fp32 vectors to change, each good until the next: from a GPU all in one copy, on a CPU one by one.
-
-    There into the same memory, which stays in its cache: fresh memory of this size comes from the system page by page.
-    """
+def read_scores(logits_BV: Tensor, places: Sequence[int]) -> list[Scores]:
+    """Return rows as fp32 vectors on the CPU, in the caller's own memory where they are so: from a GPU in one copy."""
     if logits_BV.device.type == "cpu":
-        scores_V = np.empty(logits_BV.shape[1], dtype=np.float32)
-        for place in places:
-            np.copyto(scores_V, floats(logits_BV[place]))
-            yield scores_V
-    elif places:
-        yield from logits_BV[list(places)].to("cpu", torch.float32).numpy()
+        return [floats(logits_BV[place]) for place in places]
+    return list(logits_BV[list(places)].to("cpu", torch.float32).numpy()) if places else []
 
 
-def floats(logits_V: Tensor) -> NDArray[np.float32]:
+def floats(logits_V: Tensor) -> Scores:
     """See one row's scores on a CPU as fp32, copied only where they are not.
 
     What torch copies of this length it shares between threads, and then they spin for a while, waiting for more, on the
     cores that the next step needs.
     """
-    numbers: NDArray[np.float32] = logits_V.detach().float().numpy()
+    numbers: Scores = logits_V.detach().float().numpy()
     return numbers
 
 
@@ -210,12 +211,7 @@ def likeliest(logits_BV: Tensor, places: Sequence[int]) -> list[int]:
     if not places:
         return []
     if logits_BV.device.type == "cpu":
-        ids: list[int] = []
-        for place in places:
-            scores_V = floats(logits_BV[place])
-            ids.append(int(scores_V.argmax()))  # NaN counts as largest
-            check_numbers(bool(np.isfinite(scores_V[ids[-1]])))
-        return ids
+        return [greedy(floats(logits_BV[place])) for place in places]
     best = (logits_BV if [*places] == [*range(len(logits_BV))] else logits_BV[[*places]]).max(dim=-1)
     ids = best.indices.masked_fill(~best.values.isfinite(), -1).tolist()
     check_numbers(min(ids) >= 0)
@@ -227,31 +223,53 @@ def check_numbers(are_numbers: bool) -> None:
         raise WeightsError("the model's scores are not numbers; its weights are damaged, export or download them again")
 
 
-def choose(scores_V: NDArray[np.float32], row: SamplingRow, draw: Draw) -> int:
-    """Choose one row's token. Changes the scores."""
-    bar_tokens(scores_V, row)
-    apply_bias(scores_V, row.params.logit_bias)
-    apply_penalties(scores_V, row)
-    if row.params.is_greedy:
-        best = int(scores_V.argmax())  # NaN counts as largest
-        check_numbers(bool(np.isfinite(scores_V[best])))
-        return best
-    return draw(scores_V, row.params, uniform(row.params.seed, row.index))
+def choose(scores: Sequence[Scores], rows: Sequence[SamplingRow], draw: Draw) -> list[int]:
+    """Choose each row's token."""
+    scores = [adjusted(scores_V, row) for scores_V, row in zip(scores, rows, strict=True)]
+    token_ids = [greedy(scores_V) if row.params.is_greedy else -1 for scores_V, row in zip(scores, rows, strict=True)]
+    drawn = [number for number, row in enumerate(rows) if not row.params.is_greedy]
+    params = [rows[number].params for number in drawn]
+    quantiles = [uniform(rows[number].params.seed, rows[number].index) for number in drawn]
+    for number, token_id in zip(drawn, draw([scores[number] for number in drawn], params, quantiles), strict=True):
+        token_ids[number] = token_id
+    return token_ids
 
 
-def draw_from_scores(scores_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
-    """Draw the token at quantile `u` of the distribution that scores and parameters give. Changes the scores.
+def adjusted(scores_V: Scores, row: SamplingRow) -> Scores:
+    """Return the scores that a row's token is drawn from."""
+    if row.changes_scores:
+        scores_V = scores_V.copy()
+        bar_tokens(scores_V, row)
+        apply_bias(scores_V, row.params.logit_bias)
+        apply_penalties(scores_V, row)
+    return scores_V
+
+
+def greedy(scores_V: Scores) -> int:
+    """Return the likeliest token, the first of equals."""
+    best = int(scores_V.argmax())  # NaN counts as largest
+    check_numbers(bool(np.isfinite(scores_V[best])))
+    return best
+
+
+def draw_all(scores: Sequence[Scores], params: Sequence[SamplingParams], quantiles: Sequence[float]) -> list[int]:
+    """Draw from each row: `draw_from_scores`."""
+    return [draw_from_scores(*each) for each in zip(scores, params, quantiles, strict=True)]
+
+
+def draw_from_scores(scores_V: Scores, params: SamplingParams, u: float) -> int:
+    """Draw the token at quantile `u` of the distribution that scores and parameters give.
 
     NumPy on one thread: these vectors are too short to gain from torch's threads, which cost most on a busy machine.
     """
     best = scores_V.max()
     check_numbers(bool(np.isfinite(best)))
-    scores_V -= best  # now no temperature, however small, overflows
-    scores_V /= np.float32(params.temperature)
-    return draw(np.exp(scores_V, out=scores_V), params, u)
+    powers_V = scores_V - best  # now no temperature, however small, overflows
+    powers_V /= np.float32(params.temperature)
+    return draw(np.exp(powers_V, out=powers_V), params, u)
 
 
-def bar_tokens(scores_V: NDArray[np.float32], row: SamplingRow) -> None:
+def bar_tokens(scores_V: Scores, row: SamplingRow) -> None:
     """Give no chance to what the constraint forbids, and to what would end the completion before `min_tokens`."""
     if row.constraint is not None:
         allowed = row.constraint.allowed()[: len(scores_V)]
@@ -265,12 +283,12 @@ def bar_tokens(scores_V: NDArray[np.float32], row: SamplingRow) -> None:
             scores_V[ends] = before  # nothing but the end is left to the constraint, which is the stricter of the two
 
 
-def apply_bias(scores_V: NDArray[np.float32], logit_bias: Mapping[int, float]) -> None:
+def apply_bias(scores_V: Scores, logit_bias: Mapping[int, float]) -> None:
     if logit_bias:
         scores_V[np.fromiter(logit_bias, np.int64)] += np.fromiter(logit_bias.values(), np.float32)
 
 
-def apply_penalties(scores_V: NDArray[np.float32], row: SamplingRow) -> None:
+def apply_penalties(scores_V: Scores, row: SamplingRow) -> None:
     """Change the scores by repetition, then frequency and presence penalties.
 
     Repetition (Keskar et al. 2019, arXiv 1909.05858, section 4.1) looks at prompt and completion, the other two at the
@@ -288,7 +306,7 @@ def apply_penalties(scores_V: NDArray[np.float32], row: SamplingRow) -> None:
         scores_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
 
 
-def draw(weights_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
+def draw(weights_V: Scores, params: SamplingParams, u: float) -> int:
     """Filter one row by top-k, then top-p, then min-p, and return the token at quantile `u` of what is left.
 
     Args:
@@ -300,7 +318,7 @@ def draw(weights_V: NDArray[np.float32], params: SamplingParams, u: float) -> in
     return int(kept[quantile(weights_V[kept], u)])
 
 
-def survivors(weights_V: NDArray[np.float32], params: SamplingParams) -> NDArray[np.intp] | None:
+def survivors(weights_V: Scores, params: SamplingParams) -> NDArray[np.intp] | None:
     """Return the ids that top-k, top-p and min-p leave, in a fixed order; None where all stay."""
     size = len(weights_V)
     kept: NDArray[np.intp] | None = None
@@ -315,7 +333,7 @@ def survivors(weights_V: NDArray[np.float32], params: SamplingParams) -> NDArray
     return kept
 
 
-def nucleus(weights_V: NDArray[np.float32], ids: NDArray[np.intp] | None, top_p: float) -> NDArray[np.intp]:
+def nucleus(weights_V: Scores, ids: NDArray[np.intp] | None, top_p: float) -> NDArray[np.intp]:
     """Return the fewest of `ids` (None: of all) whose weights reach `top_p` of their sum. Holtzman et al. 2019.
 
     A token stays while those before it have not reached `top_p`, so at least one does (arXiv 1904.09751). Sorting a
@@ -339,7 +357,7 @@ def nucleus(weights_V: NDArray[np.float32], ids: NDArray[np.intp] | None, top_p:
     return np.concatenate((inside, candidates[:count]))
 
 
-def quantile(weights: NDArray[np.float32], u: float) -> int:
+def quantile(weights: Scores, u: float) -> int:
     """Return the place at which the running sum of the weights passes `u` of the whole, for `u` in [0, 1)."""
     blocks = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
     target = u * blocks[-1]
@@ -349,13 +367,30 @@ def quantile(weights: NDArray[np.float32], u: float) -> int:
     return start + min(int(np.searchsorted(cumulative, target, side="right")), len(cumulative) - 1)
 
 
+class Philox(threading.local):
+    """Philox4x64-10 of this thread: to set one takes a sixth of the time to make one, which reads entropy."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.Philox(key=0)
+        self.state: Any = self.generator.state  # with nothing drawn ahead
+
+    def first(self, seed: int, index: int) -> int:
+        """Return the first of the numbers below 2**64 that belong to key and counter."""
+        self.state["state"]["key"][0] = seed
+        self.state["state"]["counter"][0] = index
+        self.generator.state = self.state
+        return int(self.generator.random_raw())
+
+
+philox = Philox()
+
+
 def uniform(seed: int, index: int) -> float:
     """Return a number in [0, 1), a fixed function of its arguments: Philox4x64-10 keyed by the seed, counted by index.
 
     Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=index)
-    return (int(generator.random_raw()) >> 11) * 2.0**-53
+    return (philox.first(seed, index) >> 11) * 2.0**-53
 
 
 def with_logprobs(

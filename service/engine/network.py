@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from service.engine.attention import StepAttention
@@ -22,7 +20,7 @@ from shared.config import ModelConfig
 from shared.device import Choice, choose_dtype
 from shared.errors import ConfigError
 from shared.model import SmolLM2
-from shared.sampling import SamplingParams, draw_from_scores
+from shared.sampling import SamplingParams, Scores, draw_all
 
 Weights = Literal["dtype", "int8"]
 
@@ -40,8 +38,8 @@ class Network(Protocol):
             (B, V): what may follow each token in `places`, which counts in `token_ids`. Good until the next call.
         """
 
-    def draw(self, scores_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
-        """Draw a token as `shared.sampling.draw_from_scores` does."""
+    def draw(self, scores: Sequence[Scores], params: Sequence[SamplingParams], quantiles: Sequence[float]) -> list[int]:
+        """Draw a token from each row as `shared.sampling.draw_all` does."""
 
 
 class TorchNetwork:
@@ -59,8 +57,8 @@ class TorchNetwork:
         hidden_ND = self.model.hidden_states(ids_1N, positions_1N, StepAttention(cache, spans))[0]
         return self.model.logits(hidden_ND if len(places) == len(token_ids) else hidden_ND[list(places)])
 
-    def draw(self, scores_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
-        return draw_from_scores(scores_V, params, u)
+    def draw(self, scores: Sequence[Scores], params: Sequence[SamplingParams], quantiles: Sequence[float]) -> list[int]:
+        return draw_all(scores, params, quantiles)
 
 
 def choose_serving_dtype(device: torch.device, requested: str, *, kernels: str = "auto") -> Choice[torch.dtype]:

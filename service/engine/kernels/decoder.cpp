@@ -18,6 +18,21 @@ std::mutex team_lock;
 Team* the_team = nullptr;
 int team_owner = 0;
 
+Team& team_of(int num_threads) {
+    if (the_team && team_owner != getpid()) the_team = nullptr;  // threads do not survive a fork
+    if (the_team && the_team->size() != num_threads) {
+        delete the_team;
+        the_team = nullptr;
+    }
+    if (!the_team) {
+        the_team = new Team(num_threads);
+        team_owner = getpid();
+    }
+    return *the_team;
+}
+
+constexpr int WORTH_WAKING = 4;  // draws: one takes 50 to 100 us, to wake a thread about as long
+
 }  // namespace
 
 extern "C" {
@@ -75,23 +90,25 @@ void smollm_set_matrix(Decoder* decoder, int layer, int part, int first, int num
     }
 }
 
-// Draws a token from scores, which it changes; see draw.h. Returns -1 if they are no numbers.
-int smollm_draw(float* scores, int size, float temperature, int top_k, double top_p, float min_p, double u) {
-    static thread_local Draw draw;
-    return draw.from(scores, size, temperature, top_k, top_p, min_p, u);
+// Draws tokens from scores of `size` each; see draw.h.
+void smollm_draw(Drawing* drawings, int count, int size, int num_threads) {
+    struct Task {
+        Drawing* drawings;
+        int count, size;
+        std::atomic<int> next{0};
+
+        void take(int) {
+            static thread_local Draw draw;
+            for (int i = next++; i < count; i = next++) drawings[i].token = draw.from(drawings[i], size);
+        }
+    } task{drawings, count, size};
+    if (count < WORTH_WAKING) return task.take(0);
+    std::lock_guard<std::mutex> turn(team_lock);
+    team_of(num_threads).run([](void* self, int thread) { static_cast<Task*>(self)->take(thread); }, &task);
 }
 
 void smollm_step(Decoder* decoder, const Step* step, int num_threads) {
     std::lock_guard<std::mutex> turn(team_lock);
-    if (the_team && team_owner != getpid()) the_team = nullptr;  // threads do not survive a fork
-    if (the_team && the_team->size() != num_threads) {
-        delete the_team;
-        the_team = nullptr;
-    }
-    if (!the_team) {
-        the_team = new Team(num_threads);
-        team_owner = getpid();
-    }
-    decoder->run(*step, *the_team);
+    decoder->run(*step, team_of(num_threads));
 }
 }

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from service.engine.kernels.library import Library, Shape, Step
+from service.engine.kernels.library import Drawing, Library, Shape, Step
 from service.engine.kv_cache import KVCache, Span
 from shared.config import ModelConfig
 from shared.model import SmolLM2
-from shared.sampling import SamplingParams, check_numbers
+from shared.sampling import SamplingParams, Scores, check_numbers
 
 QKV, OUT, GATE_UP, DOWN, HEAD = range(5)
 INPUT_NORM, POST_NORM, LAST_NORM = range(3)
@@ -126,20 +125,28 @@ class CompiledDecoder:
         self.functions.smollm_step(self.handle, ctypes.byref(step), torch.get_num_threads())
         return self.logits_BV[: len(places), : self.config.vocab_size]
 
-    def draw(self, scores_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
-        """Draw a token: `shared.sampling.draw_from_scores`, in one pass."""
-        return draw_with(self.library, scores_V, params, u)
+    def draw(self, scores: Sequence[Scores], params: Sequence[SamplingParams], quantiles: Sequence[float]) -> list[int]:
+        """Draw a token from each row: `shared.sampling.draw_all`, all rows at once."""
+        return draw_with(self.library, scores, params, quantiles)
 
 
-def draw_with(library: Library, scores_V: NDArray[np.float32], params: SamplingParams, u: float) -> int:
-    """As `shared.sampling.draw_from_scores`; `draw.h` says how. Its weights differ from NumPy's in their last bits.
+def draw_with(
+    library: Library, scores: Sequence[Scores], params: Sequence[SamplingParams], quantiles: Sequence[float]
+) -> list[int]:
+    """As `shared.sampling.draw_all`; `draw.h` says how. Its weights differ from NumPy's in their last bits.
 
     Raises:
         WeightsError: the scores are not numbers.
     """
-    assert scores_V.dtype == np.float32 and scores_V.flags.c_contiguous
-    token_id: int = library.functions.smollm_draw(
-        scores_V.ctypes.data, len(scores_V), params.temperature, params.top_k, params.top_p, params.min_p, u
-    )
-    check_numbers(token_id >= 0)
-    return token_id
+    if not scores:
+        return []
+    size = len(scores[0])
+    drawings = (Drawing * len(scores))()
+    for drawing, scores_V, of, quantile in zip(drawings, scores, params, quantiles, strict=True):
+        assert scores_V.dtype == np.float32 and scores_V.flags.c_contiguous and len(scores_V) == size
+        drawing.scores, drawing.quantile = scores_V.ctypes.data, quantile
+        drawing.temperature, drawing.top_k, drawing.top_p, drawing.min_p = of.temperature, of.top_k, of.top_p, of.min_p
+    library.functions.smollm_draw(drawings, len(drawings), size, torch.get_num_threads())
+    token_ids = [drawing.token for drawing in drawings]
+    check_numbers(min(token_ids) >= 0)
+    return token_ids

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <vector>
+#include "interface.h"
 #include "vectors.h"
 
 namespace smollm {
@@ -16,11 +17,14 @@ struct Kept {
 
 class Draw {
    public:
-    // The scores become weights: probabilities over the likeliest token's, which is 1. Returns -1 if they are no numbers.
-    int from(float* scores, int size, float temperature, int top_k, double top_p, float min_p, double u) {
-        weights = scores;
+    // Returns -1 if the scores are no numbers.
+    int from(const Drawing& given, int size) {
+        double top_p = given.top_p, u = given.quantile;
+        int top_k = given.top_k;
+        float min_p = given.min_p;
+        scores = given.scores;
         count = size;
-        if (!weigh(temperature)) return -1;
+        if (!weigh(given.temperature)) return -1;
         if (top_k <= 0 || top_k >= size) top_k = size;
         if (top_k == size && top_p >= 1.0 && min_p <= 0.0f) return quantile_of_all(u);
         // Where top-k comes before top-p, the sum that counts is that of tokens which min-p may drop.
@@ -39,14 +43,15 @@ class Draw {
     static constexpr int PIECE = 256;  // numbers summed together; only the piece with the quantile is walked
     static constexpr uint32_t BITS_OF_ONE = 0x3f800000, BUCKET_SHIFT = 19;  // 16 buckets for each halving of the weight
 
-    float* weights = nullptr;
+    const float* scores = nullptr;
     int count = 0;
+    std::vector<float> weights;  // probabilities over the likeliest token's, which is 1
     std::vector<double> sums;    // of each piece
     std::vector<float> largest;  // of each piece
     std::vector<Kept> kept;
     std::vector<double> buckets;
 
-    Floats scores_from(int i) const { return load_some(weights + i, count - i, -INFINITY); }
+    Floats scores_from(int i) const { return load_some(scores + i, count - i, -INFINITY); }
 
     bool weigh(float temperature) {
         Floats most = splat(-INFINITY);
@@ -61,6 +66,7 @@ class Draw {
             if (!are_numbers[lane]) return false;
         if (!std::isfinite(best)) return false;
         const float scale = 1.44269504f / temperature;
+        weights.resize(count);
         sums.clear();
         largest.clear();
         for (int start = 0; start < count; start += PIECE) {
@@ -71,7 +77,7 @@ class Draw {
             for (int i = start; i < end; i += LANES) {
                 Floats power = larger((scores_from(i) - best) * scale, splat(-200.0f));
                 Floats weight = power < splat(-125.0f) ? splat(0.0f) : exp2(power);
-                store_some(weights + i, weight, end - i);
+                store_some(weights.data() + i, weight, end - i);
                 sum_of += __builtin_convertvector(weight, Doubles);
                 most_of = larger(most_of, weight);
             }

@@ -25,4 +25,13 @@ struct Step {
     float* logits;             // [num_wanted][padded vocabulary]
     int* likeliest;            // [num_wanted], the first of equals
 };
+
+// One token to be drawn: `shared/sampling.py` says what the parameters mean.
+struct Drawing {
+    const float* scores;       // [size]
+    double top_p, quantile;    // in [0, 1)
+    float temperature, min_p;
+    int top_k;
+    int token;                 // the answer; -1 if the scores are no numbers
+};
 }

@@ -34,6 +34,15 @@ class Step(Structure):
     )
 
 
+class Drawing(Structure):
+    _fields_ = (
+        ("scores", c_void_p),
+        *[(name, c_double) for name in ("top_p", "quantile")],
+        *[(name, c_float) for name in ("temperature", "min_p")],
+        *[(name, c_int) for name in ("top_k", "token")],
+    )
+
+
 SIGNATURES = {
     "smollm_start": (c_int, []),
     "smollm_new": (c_void_p, [POINTER(Shape)]),
@@ -42,7 +51,7 @@ SIGNATURES = {
     "smollm_set_tables": (None, [c_void_p, c_void_p, c_void_p, c_void_p]),
     "smollm_set_norm": (None, [c_void_p, c_int, c_int, c_void_p]),
     "smollm_set_matrix": (None, [c_void_p, c_int, c_int, c_int, c_int, c_int, c_void_p]),
-    "smollm_draw": (c_int, [c_void_p, c_int, c_float, c_int, c_double, c_float, c_double]),
+    "smollm_draw": (None, [POINTER(Drawing), c_int, c_int, c_int]),
     "smollm_step": (None, [c_void_p, POINTER(Step), c_int]),
 }
 

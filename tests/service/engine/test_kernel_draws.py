@@ -52,20 +52,25 @@ def test_draws_are_those_of_the_reference(draw: Draw, size: int) -> None:
     for place, scores_V in enumerate(rows(size)):
         for number, filters in enumerate(FILTERS):
             for temperature in (0.7, 1.0, 2.5):
-                for u in (0.0, 1.0 - 2.0**-53, *random.random(3)):
-                    params = SamplingParams(temperature=temperature, **filters)
-                    drawn = draw(scores_V.copy(), params, u)
-                    expected = draw_from_scores(scores_V.copy(), params, u)
-                    num_drawn += 1
-                    if drawn != expected:
-                        differing.append((place, number, temperature, u, drawn, expected))
+                params = SamplingParams(temperature=temperature, **filters)
+                quantiles = [0.0, 1.0 - 2.0**-53, *random.random(3)]
+                before_V = scores_V.copy()
+                drawn = draw([scores_V] * 5, [params] * 5, quantiles)
+                assert np.array_equal(scores_V, before_V), "the scores are the caller's"
+                assert drawn[:3] == draw([scores_V] * 3, [params] * 3, quantiles[:3]), "alone or side by side"
+                num_drawn += 5
+                for u, token_id in zip(quantiles, drawn, strict=True):
+                    expected = draw_from_scores(scores_V, params, u)
+                    if token_id != expected:
+                        differing.append((place, number, temperature, u, token_id, expected))
     # Two ways to round put a border between two tokens some 1e-7 apart: a u that falls there is drawn otherwise.
     assert len(differing) <= num_drawn // 500, differing
 
 
 def test_a_tiny_temperature_leaves_the_likeliest(draw: Draw) -> None:
     scores_V = np.array([1.0, 3.0, 2.999, -1e30, -np.inf] * 30, dtype=np.float32)
-    assert {draw(scores_V.copy(), SamplingParams(temperature=1e-5), u) % 5 for u in (0.0, 0.3, 0.999)} == {1}
+    drawn = draw([scores_V] * 3, [SamplingParams(temperature=1e-5)] * 3, [0.0, 0.3, 0.999])
+    assert [token_id % 5 for token_id in drawn] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -73,6 +78,6 @@ def test_scores_that_are_not_numbers_say_so(draw: Draw, value: float) -> None:
     scores_V = np.zeros(600, dtype=np.float32)
     scores_V[577] = value
     with pytest.raises(WeightsError, match="not numbers"):
-        draw(scores_V, SamplingParams(), 0.5)
+        draw([np.zeros(600, dtype=np.float32), scores_V], [SamplingParams()] * 2, [0.5] * 2)
     with pytest.raises(WeightsError, match="not numbers"):
-        draw(np.full(600, -np.inf, dtype=np.float32), SamplingParams(), 0.5)
+        draw([np.full(600, -np.inf, dtype=np.float32)], [SamplingParams()], [0.5])
