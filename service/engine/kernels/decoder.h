@@ -3,7 +3,6 @@
 //
 // D hidden_size, F intermediate_size, H query heads, K key-value heads, E head_dim, V vocab_size, N rows of a step.
 #pragma once
-#include "likeliest.h"
 #include "looks.h"
 #include "threads.h"
 
@@ -48,7 +47,6 @@ struct Decoder {
         Scratch scratch;
         std::vector<uint8_t> rows;
         std::vector<float> scales;
-        std::vector<Best> best;
     };
 
     Team* team = nullptr;
@@ -206,27 +204,12 @@ struct Decoder {
         const Matrix& head = weights.head;
         Rows rows = prepare(thread, head, x, weights.x_size(), B, weights.last_norm, step->wanted);
         Share share = pairs(head, thread);
-        std::vector<Best>& best = workers[thread].best;
-        best.assign(B, Best());
         multiply(head, rows, B, share.begin, share.end, [&](int pair, int first, int count, Results& results) {
-            // Padding must not win: its scores are 0.
-            const bool is_padded = (pair + 1) * PAIR > shape.vocab_size;
             for (int row = 0; row < count; row++) {
-                for (int i = shape.vocab_size - pair * PAIR; is_padded && i < PAIR; i++) results[row][i] = -INFINITY;
                 float* to = step->logits + (int64_t)(first + row) * head.num_outputs() + pair * PAIR;
-                for (int block = 0; block < 2; block++) {
-                    Floats scores = load<Floats>(&results[row][block * BLOCK]);
-                    store(to + block * BLOCK, scores);
-                    best[first + row].see(scores, 2 * pair + block);
-                }
+                memcpy(to, results[row], sizeof(results[row]));
             }
         });
-        team->barrier();
-        for (int row = thread; row < B; row += team->size()) {
-            Likeliest likeliest;
-            for (const Worker& worker : workers) likeliest.see(worker.best[row]);
-            step->likeliest[row] = likeliest.token;
-        }
     }
 };
 

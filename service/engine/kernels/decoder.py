@@ -58,7 +58,6 @@ class CompiledDecoder:
         weakref.finalize(self, self.functions.smollm_delete, self.handle)
         self.width: int = self.functions.smollm_logits_width(self.handle)
         self.logits_BV = torch.empty(0, self.width)
-        self.likeliest = np.empty(0, dtype=np.int32)
         self.pack(model)
 
     @property
@@ -100,7 +99,7 @@ class CompiledDecoder:
         self.functions.smollm_set_norm(self.handle, layer, which, weight.data_ptr())
 
     def scores(self, cache: KVCache, token_ids: Sequence[int], spans: Sequence[Span], places: Sequence[int]) -> Tensor:
-        """Compute a step: see `Network`. The scores are fp32; the kernels also note the likeliest token of each row."""
+        """Compute a step: see `Network`. The scores are fp32."""
         blocks = cache.numbers_RCL2KBE
         assert blocks.dtype == torch.bfloat16 and blocks.is_contiguous()
         assert len(token_ids) == sum(span.count for span in spans) > 0
@@ -109,7 +108,6 @@ class CompiledDecoder:
         ids = np.array(token_ids, dtype=np.int32)
         flat = np.array([(span.slot, span.start, span.count) for span in spans], dtype=np.int32)
         wanted = np.array(places, dtype=np.int32)
-        self.likeliest = np.empty(len(places), dtype=np.int32)
         step = Step(
             len(ids),
             len(spans),
@@ -120,7 +118,6 @@ class CompiledDecoder:
             blocks.data_ptr(),
             blocks.shape[1],
             self.logits_BV.data_ptr(),
-            self.likeliest.ctypes.data,
         )
         self.functions.smollm_step(self.handle, ctypes.byref(step), torch.get_num_threads())
         return self.logits_BV[: len(places), : self.config.vocab_size]

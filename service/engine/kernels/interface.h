@@ -23,7 +23,6 @@ struct Step {
     uint16_t* cache;           // [slot][block][layer][keys, values][head][position of the block][head_dim]
     int blocks_per_slot;
     float* logits;             // [num_wanted][padded vocabulary]
-    int* likeliest;            // [num_wanted], the first of equals
 };
 
 // One token to be drawn: `shared/sampling.py` says what the parameters mean.

@@ -30,7 +30,7 @@ class Step(Structure):
         *[(name, c_int) for name in ("num_rows", "num_spans", "num_wanted")],
         *[(name, c_void_p) for name in ("token_ids", "spans", "wanted", "cache")],
         ("blocks_per_slot", c_int),
-        *[(name, c_void_p) for name in ("logits", "likeliest")],
+        ("logits", c_void_p),
     )
 
 

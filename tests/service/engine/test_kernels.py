@@ -152,17 +152,6 @@ def test_a_row_depends_on_no_other_row(level: str, is_int8: bool) -> None:
             done[span.slot] = span.end
 
 
-def test_the_likeliest_token_is_the_first_of_the_largest() -> None:
-    model = model_of(WIDE)
-    with torch.no_grad():
-        model.lm_head.weight[40] = model.lm_head.weight[400]
-        model.lm_head.weight[514] = 3 * model.lm_head.weight[40]
-    decoder = CompiledDecoder(model, load_library())
-    scores = all_scores(decoder, WIDE, ids_for(WIDE, 150))
-    assert torch.equal(scores[:, 40], scores[:, 400])
-    assert decoder.likeliest.tolist() == scores.numpy().argmax(axis=1).tolist()
-
-
 def test_other_threads_give_the_same_bits() -> None:
     decoder, ids = CompiledDecoder(model_of(WIDE), load_library()), ids_for(WIDE, 100)
     before = torch.get_num_threads()
