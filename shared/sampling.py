@@ -7,10 +7,9 @@ The meaning of every parameter is that of transformers' logits processors and vL
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import GenerationError, WeightsError
+from shared.uniform import uniform
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this leave one token in any case, and would divide by zero in fp32. vLLM's limit."""
@@ -365,32 +365,6 @@ def quantile(weights: Scores, u: float) -> int:
     start = block * BLOCK
     cumulative = np.cumsum(weights[start : start + BLOCK], dtype=np.float64) + (blocks[block - 1] if block else 0.0)
     return start + min(int(np.searchsorted(cumulative, target, side="right")), len(cumulative) - 1)
-
-
-class Philox(threading.local):
-    """Philox4x64-10 of this thread: to set one takes a sixth of the time to make one, which reads entropy."""
-
-    def __init__(self) -> None:
-        self.generator = np.random.Philox(key=0)
-        self.state: Any = self.generator.state  # with nothing drawn ahead
-
-    def first(self, seed: int, index: int) -> int:
-        """Return the first of the numbers below 2**64 that belong to key and counter."""
-        self.state["state"]["key"][0] = seed
-        self.state["state"]["counter"][0] = index
-        self.generator.state = self.state
-        return int(self.generator.random_raw())
-
-
-philox = Philox()
-
-
-def uniform(seed: int, index: int) -> float:
-    """Return a number in [0, 1), a fixed function of its arguments: Philox4x64-10 keyed by the seed, counted by index.
-
-    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
-    """
-    return (philox.first(seed, index) >> 11) * 2.0**-53
 
 
 def with_logprobs(

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import GenerationError, WeightsError
-from shared.sampling import SamplingParams, SamplingRow, quantile, sample, survivors, uniform
+from shared.sampling import SamplingParams, SamplingRow, quantile, sample, survivors
+from shared.uniform import uniform
 
 V = 40
 
