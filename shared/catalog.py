@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import struct
 import threading
 import zipfile
@@ -26,8 +27,13 @@ SAFETENSORS_NAME = "model.safetensors"
 FULL_SIZE_PT_NAME = "final_smollm2_135m_half.pt"
 FULL_SIZE_PARAMETERS = 134_515_008
 
+READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".pt")
+"""What a model is read from: where such a file changes, the folder is looked at again."""
+
 CHECK_RECIPE = "smoke"
 """A run of this recipe checks an installation; nobody wants its answers."""
+
+SHA256 = re.compile("[0-9a-f]{64}")
 
 Signature = tuple[tuple[str, int, int, int], ...]
 
@@ -76,22 +82,56 @@ def describe(path: Path) -> ModelFolder:
     weights = find_weights(path)
     check_whole(weights)
     manifest = read_json(path / "manifest.json")
-    listed = manifest.get("files", {}).get(weights.name, {})
-    stat = weights.stat()
-    if listed.get("bytes", stat.st_size) != stat.st_size:
-        raise WeightsError(f"{weights} has {stat.st_size} bytes, its manifest says {listed['bytes']}; export it again")
+    check_manifest(manifest, path / "manifest.json")
+    listed, num_bytes = listed_file(manifest, weights), weights.stat().st_size
+    if listed and listed.num_bytes != num_bytes:
+        raise WeightsError(f"{weights} has {num_bytes} bytes, its manifest says {listed.num_bytes}; export it again")
     return ModelFolder(
         name=path.name,
         path=path,
         config=config,
         weights=weights,
-        revision=listed.get("sha256") or revision_of(weights),
+        revision=listed.sha256 if listed else revision_of(weights),
         trained_length=manifest.get("trained_length"),
         created_at=manifest.get("created_at"),
         trained_here=bool(manifest.get("trained_here", False)),
         end_token_ids=end_token_ids(path, settings, config),
         manifest=manifest,
     )
+
+
+MANIFEST_KINDS: dict[str, type] = {"trained_length": int, "created_at": str}
+
+
+def check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
+    """Refuse a field of another kind here, by its name, before somebody compares dates with numbers."""
+    for name, kind in MANIFEST_KINDS.items():
+        if not isinstance(value := manifest.get(name), kind | None):
+            raise WeightsError(f"{path} has {name} = {value!r}; export or copy the model again")
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """What a manifest says of one file."""
+
+    num_bytes: int
+    sha256: str
+
+
+def listed_file(manifest: Mapping[str, Any], path: Path) -> ListedFile | None:
+    """Return what a manifest says of a file beside it; None where it lists none of that name.
+
+    Raises:
+        WeightsError: it lists the file without its length or its sha256.
+    """
+    entry = manifest.get("files", {}).get(path.name)
+    if entry is None:
+        return None
+    num_bytes, sha256 = entry.get("bytes"), entry.get("sha256")
+    if not isinstance(num_bytes, int) or not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+        manifest_path = path.with_name("manifest.json")
+        raise WeightsError(f"{manifest_path} lists {path.name} without its bytes and sha256; export or copy it again")
+    return ListedFile(num_bytes, sha256)
 
 
 def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
@@ -210,7 +250,7 @@ def list_model_folders(models_dir: Path) -> dict[str, ModelFolder]:
 
 def read_cached(path: Path) -> ModelFolder | SmolLMError:
     try:
-        mark = signature(*sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors", ".pt")))
+        mark = signature(*sorted(file for file in path.iterdir() if file.suffix in READ_SUFFIXES))
     except OSError:
         mark = ()
     with cache.lock:
@@ -224,6 +264,8 @@ def read_cached(path: Path) -> ModelFolder | SmolLMError:
         result = error
     except OSError as error:  # taken away while it was read
         result = WeightsError(f"{path} cannot be read: {error.strerror}")
+    except Exception as error:  # nothing that stands in one folder may hide the others
+        result = WeightsError(f"{path} cannot be read: {error!r}")
     if isinstance(result, SmolLMError) and not (known and str(known[1]) == str(result)):
         log.warning("left out the model %s: %s", path.name, result)
     with cache.lock:

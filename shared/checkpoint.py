@@ -23,7 +23,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from shared.catalog import SAFETENSORS_NAME, ModelFolder, find_weights, pt_name, read_json, read_model_folder
+from shared.catalog import (
+    SAFETENSORS_NAME,
+    ModelFolder,
+    find_weights,
+    listed_file,
+    pt_name,
+    read_json,
+    read_model_folder,
+)
 from shared.config import ModelConfig
 from shared.errors import WeightsError
 from shared.files import atomic_folder, sha256_file, storage_errors, write_atomically
@@ -195,8 +203,8 @@ def load_model(folder: ModelFolder, *, device: torch.device, dtype: torch.dtype 
     Raises:
         WeightsError: the file is corrupt, is no longer the one described, or has other names or shapes.
     """
-    listed = folder.manifest.get("files", {}).get(folder.weights.name)
-    if listed and sha256_file(folder.weights) != listed["sha256"]:
+    listed = listed_file(folder.manifest, folder.weights)
+    if listed and sha256_file(folder.weights) != listed.sha256:
         raise WeightsError(f"{folder.weights} is not what its manifest describes; copy or export it again")
     return model_from_tensors(read_weights(folder.weights), folder.config, folder.weights, device=device, dtype=dtype)
 

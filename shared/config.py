@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            check_kind(field.name, value, str(field.type))
             if field.name.endswith("_token_id"):
                 if not 0 <= value < self.vocab_size:
                     raise ConfigError(f"{field.name} is {value}; it must lie in 0..{self.vocab_size - 1}")
@@ -111,6 +113,16 @@ class ModelConfig:
         if settings.get("head_dim") not in (None, config.head_dim):
             raise ConfigError(f"config.json has head_dim {settings['head_dim']}; {config.head_dim} is expected")
         return config
+
+
+def check_kind(name: str, value: Any, kind: str) -> None:
+    """Refuse a value that a JSON file wrote in another kind, such as "576" for 576: torch would, in its own words."""
+    words, kinds = {"int": ("a whole number", (int,)), "bool": ("true or false", (bool,))}.get(
+        kind, ("a number", (int, float))
+    )
+    is_of_kind = isinstance(value, kinds) and (kind == "bool" or not isinstance(value, bool))
+    if not is_of_kind or not math.isfinite(value):
+        raise ConfigError(f"{name} is {value!r}; it must be {words}")
 
 
 SMOLLM2_135M = ModelConfig()

@@ -70,6 +70,8 @@ class Tokenizer:
         try:
             if settings_path.is_file():
                 settings = json.loads(settings_path.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise TokenizerError(f"{settings_path} holds no JSON object; copy it again")
             if template_path.is_file():
                 settings["chat_template"] = template_path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -253,7 +255,8 @@ def default_settings(*, end_token: str, start_token: str = END_OF_TEXT) -> dict[
 def chat_template_of(settings: Mapping[str, Any]) -> str | None:
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = (entry for entry in template if isinstance(entry, dict))
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 

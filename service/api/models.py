@@ -44,7 +44,8 @@ class Models:
         self._preferred = preferred
         self._models: dict[str, Model] = {}
         self._default: str | None = None
-        self._refused: set[str] = set()
+        self._refused: dict[str, str] = {}
+        """By name: why a model was left out when it was last looked at."""
         self._looked_at = 0.0
         self._lock = asyncio.Lock()
 
@@ -102,11 +103,14 @@ class Models:
                 tokenizer = Tokenizer.from_folder(folder.path)
                 tokenizer.check_fits(folder.config)
                 warm_up(tokenizer)
-            except SmolLMError as error:
-                if folder.revision not in self._refused:
-                    self._refused.add(folder.revision)
-                    log.warning("model %s is left out: %s", name, error)
+            except Exception as error:  # whatever is wrong with one model, the others are served
+                is_ours = not isinstance(error, (SmolLMError, OSError))
+                reason = f"{type(error).__name__}: {error}" if is_ours else str(error)
+                if self._refused.get(name) != reason:
+                    log.warning("model %s is left out: %s", name, reason, exc_info=is_ours)
+                self._refused[name] = reason
                 continue
+            self._refused.pop(name, None)
             models[name] = Model(folder, tokenizer)
             log.info("model %s, revision %s", name, folder.revision[:12])
         default, reason = choose_default_model({n: m.folder for n, m in models.items()}, self._preferred)

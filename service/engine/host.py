@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
 """A folder that could not be loaded is tried again after this long, or as soon as it changes."""
+FORESEEN = (SmolLMError, OSError, MemoryError, torch.OutOfMemoryError)
+"""What a folder or a machine can do to a load; whatever else is a fault of ours, and shows where."""
 WARM_UP_PROMPTS, WARM_UP_TOKENS = (16, 64, 64), 12
 
 
@@ -183,7 +185,7 @@ class Hosts:
         while not self._stop.is_set():
             try:
                 self.refresh()
-            except Exception:  # this thread must outlive whatever one bad folder does
+            except Exception:  # this thread must outlive a models folder that cannot be listed
                 log.exception("could not look through %s", self.models_dir)
             self._stop.wait(self.poll_s)
 
@@ -202,8 +204,11 @@ class Hosts:
                 continue
             try:
                 host = self.load(folder)
-            except (SmolLMError, OSError) as error:
-                log.warning("cannot serve %s: %s", name, error)
+            except Exception as error:  # whatever is wrong with one model, those behind it load
+                if isinstance(error, FORESEEN):
+                    log.warning("cannot serve %s: %s", name, error)
+                else:
+                    log.exception("cannot serve %s: %s: %s", name, type(error).__name__, error)
                 self._failed[name] = (folder, time.monotonic() + RETRY_S)
                 continue
             self._failed.pop(name, None)

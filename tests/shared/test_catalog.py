@@ -27,6 +27,11 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def relist(path: Path, entry: dict[str, Any]) -> None:
+    """Let the manifest say this of the weights."""
+    edit(path / "manifest.json", files={"model.safetensors": entry})
+
+
 def test_an_export_is_described(tmp_path: Path) -> None:
     folder = write_tiny_export(tmp_path)
     assert folder.name == "tiny"
@@ -76,10 +81,15 @@ def test_end_tokens_stand_in_the_generation_config(tmp_path: Path) -> None:
         (lambda path: (path / "config.json").write_text("[]"), WeightsError, "holds no JSON object"),
         (lambda path: edit(path / "config.json", model_type="gpt2"), ConfigError, "model_type = 'gpt2'"),
         (lambda path: (path / "manifest.json").write_text("\xff", "latin-1"), WeightsError, r"manifest\.json cannot"),
-        (lambda path: edit(path / "config.json", hidden_size="48"), WeightsError, "settings of an unknown form"),
+        (lambda path: edit(path / "config.json", hidden_size="48"), ConfigError, "hidden_size is '48'"),
         (lambda path: edit(path / "config.json", rope_parameters=[1]), WeightsError, "settings of an unknown form"),
         (lambda path: edit(path / "manifest.json", files=[]), WeightsError, "settings of an unknown form"),
-        (lambda path: edit(path / "manifest.json", files={"model.safetensors": {"bytes": 5}}), WeightsError, "says 5"),
+        (lambda path: relist(path, {"bytes": 5, "sha256": "0" * 64}), WeightsError, "says 5"),
+        (lambda path: relist(path, {"bytes": 5}), WeightsError, r"manifest\.json lists .* without .* sha256"),
+        (lambda path: relist(path, {"sha256": "0" * 64}), WeightsError, r"manifest\.json lists .* without .* bytes"),
+        (lambda path: relist(path, {"bytes": 5, "sha256": 7}), WeightsError, r"manifest\.json lists .* without"),
+        (lambda path: edit(path / "manifest.json", created_at=5), WeightsError, r"manifest\.json has created_at = 5"),
+        (lambda path: edit(path / "manifest.json", trained_length="64"), WeightsError, "has trained_length = '64'"),
         (
             lambda path: (path / "model.safetensors").rename(path / "model.safetensors.index.json"),
             WeightsError,
@@ -113,6 +123,15 @@ def test_an_unusable_folder_is_logged_once_and_left_out(tmp_path: Path, caplog: 
     ]
     (path / "config.json").write_text(config)
     assert list(list_model_folders(tmp_path)) == ["bad", "good"]
+
+
+def test_a_fault_of_ours_in_one_folder_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tiny_export(tmp_path, "good")
+    deep = write_tiny_export(tmp_path, "deep").path
+    (deep / "config.json").write_text("[" * 100_000)
+    for _ in range(2):
+        assert list(list_model_folders(tmp_path)) == ["good"]
+    assert len([record for record in caplog.records if "left out the model deep" in record.getMessage()]) == 1
 
 
 def test_weights_still_being_copied_are_left_out(tmp_path: Path) -> None:

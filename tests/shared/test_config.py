@@ -65,6 +65,12 @@ def test_rope_of_transformers_5_is_read() -> None:
         ({"num_key_value_heads": 2}, "9 is not a multiple of num_key_value_heads 2"),
         ({"eos_token_id": 49152}, r"eos_token_id is 49152; it must lie in 0\.\.49151"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be positive"),
+        ({"hidden_size": "576"}, "hidden_size is '576'; it must be a whole number"),
+        ({"vocab_size": 49152.0}, "vocab_size is 49152.0; it must be a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True; it must be a whole number"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'; it must be a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a number"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
         ({"hidden_size": 27, "num_attention_heads": 9, "num_key_value_heads": 9}, "head_dim is 3"),
     ],
 )

@@ -120,9 +120,13 @@ def test_a_broken_tokenizer_names_its_file(folder: Path) -> None:
         Tokenizer.from_folder(folder)
 
 
-def test_broken_settings_name_their_file(folder: Path) -> None:
-    (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"tokenizer_config.json cannot be read"):
+@pytest.mark.parametrize(("content", "words"), [("{", "cannot be read"), ("[]", "holds no JSON object")])
+@pytest.mark.parametrize("has_template", [False, True])
+def test_broken_settings_name_their_file(folder: Path, content: str, words: str, has_template: bool) -> None:
+    (folder / "tokenizer_config.json").write_text(content)
+    if has_template:
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(TokenizerError, match=rf"tokenizer_config.json {words}"):
         Tokenizer.from_folder(folder)
 
 

@@ -90,6 +90,8 @@ class CompiledDecoder:
 
     def set_matrix(self, linear: nn.Linear, part: int, *, layer: int = 0, first: int = 0) -> None:
         weight = linear.weight.detach().contiguous()
+        if weight.dtype not in KINDS:  # float64 or one of 8 bits: fp32 holds more than the kernels keep of either
+            weight = weight.float()
         kind = KINDS[weight.dtype]
         self.functions.smollm_set_matrix(self.handle, layer, part, first, len(weight), kind, weight.data_ptr())
         linear.weight = nn.Parameter(torch.empty(0, dtype=linear.weight.dtype), requires_grad=False)

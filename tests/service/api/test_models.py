@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import httpx2
+import pytest
 
 from tests.service.api.stack import client_of, make_settings, running_api, wait_until
 from tests.service.api.test_bad_input import assert_error
@@ -55,3 +57,26 @@ def test_tokens(client: httpx2.Client) -> None:
     assert client.post("/detokenize", json=body).json()["text"] == text.removesuffix("<|im_end|>")
     assert_error(client.post("/detokenize", json={"token_ids": [512]}), 422, param="token_ids")
     assert client.post("/tokenize", json={"text": ""}).json()["token_ids"] == []
+
+
+def test_a_broken_model_keeps_no_api_from_starting(
+    redis_url: str, tmp_path: Path, runs_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models_dir = tmp_path / "models"
+    write_tiny_export(models_dir, "whole")
+    for name, settings in {"array": "[]", "templates": '{"chat_template": ["{{ x }}", {"name": "default"}]}'}.items():
+        (write_tiny_export(models_dir, name).path / "tokenizer_config.json").write_text(settings)
+    manifest = write_tiny_export(models_dir, "listed").path / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "created_at": 20_261_125}))
+    with (
+        running_api(make_settings(redis_url, models_dir, runs_dir, default_model=None)) as api,
+        client_of(api) as client,
+    ):
+        assert names(client) == {"whole", "templates"}
+        assert client.get("/v1/models/templates").json()["has_chat_template"] is False
+        (models_dir / "array" / "tokenizer_config.json").write_text("{}")
+        wait_until(lambda: names(client) == {"whole", "templates", "array"}, "the mended model")
+    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(told) == 2, "each once"
+    assert any("tokenizer_config.json holds no JSON object" in line for line in told)
+    assert any("created_at = 20261125" in line for line in told)

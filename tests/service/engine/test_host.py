@@ -8,19 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from service.engine.host import Host, Hosts, load_host
+from service.engine.host import Host, Hosts, Load, load_host
 from service.engine.sequence import Sequence
+from shared.catalog import ModelFolder
 from shared.sampling import SamplingParams
 from tests.tiny import write_tiny_export
 
 
+def loader(dtype: torch.dtype) -> Load:
+    return functools.partial(load_host, device=torch.device("cpu"), dtype=dtype, num_slots=2, max_cached_tokens=256)
+
+
 @pytest.fixture
 def hosts(tmp_path: Path) -> Hosts:
-    load = functools.partial(
-        load_host, device=torch.device("cpu"), dtype=torch.float32, num_slots=2, max_cached_tokens=256
-    )
-    return Hosts(tmp_path / "models", load, poll_s=0.05)
+    return Hosts(tmp_path / "models", loader(torch.float32), poll_s=0.05)
 
 
 def give_work(host: Host) -> None:
@@ -67,3 +70,41 @@ def test_a_folder_that_cannot_be_loaded_harms_no_other(hosts: Hosts, caplog: pyt
     write_tiny_export(hosts.models_dir, "bad", seed=3)
     hosts.refresh()
     assert hosts.adopt() and set(hosts.current) == {"good", "bad"}
+
+
+def test_an_error_nobody_foresaw_stops_no_model_behind_it(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
+    load_whole = hosts.load
+
+    def load(folder: ModelFolder) -> Host:
+        if folder.name == "full":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if folder.name == "odd":
+            raise KeyError("a fault of ours")
+        return load_whole(folder)
+
+    hosts.load = load
+    for name in ("full", "odd", "whole"):
+        write_tiny_export(hosts.models_dir, name)
+    hosts.refresh()
+    hosts.refresh()
+    assert hosts.adopt() and list(hosts.current) == ["whole"]
+    said = {record.message: record.exc_info for record in caplog.records if "cannot serve" in record.message}
+    assert list(said) == [
+        "cannot serve full: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "cannot serve odd: KeyError: 'a fault of ours'",
+    ], "each is told once, and tried again later"
+    assert [bool(trace) for trace in said.values()] == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_double_precision_are_served(hosts: Hosts, dtype: torch.dtype) -> None:
+    path = write_tiny_export(hosts.models_dir).path
+    doubles = {name: tensor.double() for name, tensor in load_file(path / "model.safetensors").items()}
+    save_file(doubles, path / "model.safetensors")
+    (path / "manifest.json").unlink()
+    hosts.load = loader(dtype)
+    hosts.refresh()
+    assert hosts.adopt()
+    give_work(hosts.current["tiny"])
+    while hosts.current["tiny"].engine.has_work:
+        hosts.current["tiny"].engine.step()
