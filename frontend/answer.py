@@ -177,8 +177,9 @@ async def follow(
                 for event in batch:
                     progress.take(event)
                 if not batch and progress.job_id and progress.first_at is None and not progress.is_told_place:
-                    job = await client.job(progress.job_id)
-                    progress.position, progress.eta_s = job.get("position"), job.get("eta_s")
+                    with contextlib.suppress(ApiError):  # the stream itself outlives a queue that is away for a moment
+                        job = await client.job(progress.job_id)
+                        progress.position, progress.eta_s = job.get("position"), job.get("eta_s")
                 yield progress.view()
                 if stop.is_set() and stopped_at is None:
                     stopped_at = time.monotonic()

@@ -54,7 +54,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     write_tiny_export(root / "models", "tiny")
     write_slow_export(root / "models" / "slow")
     with start_redis() as redis:
-        stack = Stack(root, redis.url)
+        stack = Stack(root, redis)
         trainer = command(root, "train", "smoke", "--run", "smoke")
         try:
             stack.wait_until_ready()

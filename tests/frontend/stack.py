@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from service.queue.local_server import LocalRedis
 from tests.processes import Process, free_port, wait_until
 
 
 class Stack:
     """Everything, started at once and waited for where it is needed."""
 
-    def __init__(self, root: Path, redis_url: str) -> None:
+    def __init__(self, root: Path, redis: LocalRedis) -> None:
         self.root = root
-        self.redis_url = redis_url
+        self.redis = redis
         self.processes: list[Process] = []
         self.api_port, self.page_port = free_port(), free_port()
         self.api_url, self.page_url = f"http://127.0.0.1:{self.api_port}", f"http://127.0.0.1:{self.page_port}"
@@ -27,7 +31,7 @@ class Stack:
     @property
     def service_settings(self) -> dict[str, Any]:
         return {
-            "SMOLLM_REDIS_URL": self.redis_url,
+            "SMOLLM_REDIS_URL": self.redis.url,
             "SMOLLM_MODELS_DIR": self.root / "models",
             "SMOLLM_RUNS_DIR": self.root / "runs",
             "SMOLLM_DEFAULT_MODEL": "tiny",
@@ -69,6 +73,22 @@ class Stack:
     def num_unfinished(self) -> int:
         models = self.http.get("/health").raise_for_status().json()["models"]
         return sum(model["queued"] + model["running"] for model in models)
+
+    @contextmanager
+    def without_redis(self) -> Iterator[None]:
+        """Redis answers nobody meanwhile, and has everything afterwards."""
+        assert self.redis.process is not None
+        self.redis.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.redis.process.send_signal(signal.SIGCONT)
+
+    def num_answers(self, method: str, route: str, status: int) -> int:
+        """How many requests of a kind the API answered so."""
+        name = f'api_requests_total{{method="{method}",route="{route}",status="{status}"}} '
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(int(float(line.removeprefix(name))) for line in lines if line.startswith(name))
 
     def stop(self) -> list[int]:
         """End everything; return the exit codes."""

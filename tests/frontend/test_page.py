@@ -214,6 +214,26 @@ def test_a_chat_answers_and_tells_what_the_generate_tab_tells(page: Page, stack:
     page.get_by_placeholder("Message").fill("Again.")
 
 
+def test_a_chat_that_waits_outlives_redis_being_away_for_a_moment(page: Page, stack: Stack) -> None:
+    page.get_by_role("tab", name="Chat").click()
+    expect(page.locator("#chat-model input")).not_to_have_value("")
+    choose(page, "#chat-model", "tiny")
+    set_number(page, "max-tokens", 8, place="chat")
+    stack.worker.pause()
+    try:
+        page.get_by_placeholder("Message").fill("Speak, speak.")
+        page.get_by_placeholder("Message").press("Enter")
+        expect(page.locator("#chat-status")).to_contain_text("Place 1 in the queue")
+        looks = ("GET", "/jobs/{job_id}", 503)
+        before = stack.num_answers(*looks)
+        with stack.without_redis():
+            wait_until(lambda: stack.num_answers(*looks) > before, "the page's look at its job to be refused")
+    finally:
+        stack.worker.go_on()
+    expect(fact(page, "Ended by", place="#chat-status")).to_be_visible(timeout=60_000)
+    assert value_of(page, "Ended by", place="#chat-status") == "token limit"
+
+
 def test_the_stop_button_of_a_chat_cancels_its_job(page: Page, stack: Stack) -> None:
     page.get_by_role("tab", name="Chat").click()
     expect(page.locator("#chat-model input")).not_to_have_value("")
