@@ -11,8 +11,8 @@ import logging
 import random
 import secrets
 import time
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import astuple, dataclass, replace
+from typing import Any, Final, TypeVar
 
 import redis.asyncio
 
@@ -35,11 +35,55 @@ JITTER: Final = random.Random()
 """Not the global generator: whoever runs the API inside a process of their own may have seeded that one."""
 
 
+Limit = TypeVar("Limit", int, float)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Application:
+    """What `lua/admit` reads of a job, by the names and in the order of its ARGV; "" is no limit, no key, no trace."""
+
+    id: str
+    model: str
+    request: str
+    key: str
+    class_: int
+    cost: int
+    timeout_ms: int
+    keep_ms: int
+    watch_ms: int
+    trace: str
+    max_jobs: int
+    max_cost: int
+    alive_ms: int
+    idempotency: str
+    sha: str
+    who: str
+    weight: float
+    jobs_per_minute: float | str
+    cost_per_minute: float | str
+    max_jobs_of_key: int | str
+
+    def as_arguments(self) -> tuple[str | int | float, ...]:
+        return astuple(self)
+
+    def again(self, *, timeout_s: float) -> Application:
+        """The same job once more, for what is left of its time: it was accepted once, so no bound refuses it now."""
+        return replace(
+            self,
+            timeout_ms=milliseconds(timeout_s),
+            max_jobs=2**31,
+            max_cost=2**53,
+            jobs_per_minute="",
+            cost_per_minute="",
+            max_jobs_of_key="",
+        )
+
+
 @dataclass(frozen=True)
 class Admitted:
-    """What `lua/admit` was given for a job, and the moment of a monotonic clock until which the job may run."""
+    """A job as it was admitted, and the moment of a monotonic clock until which it may run."""
 
-    arguments: tuple[str | int | float, ...]
+    application: Application
     until_s: float
 
 
@@ -85,34 +129,34 @@ class JobQueue:
         if idempotency is not None:
             known_as = hashlib.sha256("\0".join((key, idempotency[0])).encode(errors="surrogatepass")).hexdigest()
             body = hashlib.sha256(idempotency[1].encode(errors="surrogatepass")).hexdigest()
-        arguments = (
-            new_job_id(),
-            request.model,
-            request.to_json(),
-            key,
-            priority,
-            request.cost,
-            max(1, round(timeout_s * 1000)),
-            round(self.limits.result_ttl_s * 1000),
-            keys.WATCH_MS if cancel_on_disconnect else 0,
-            trace or "",
-            self.limits.max_queued_jobs,
-            self.limits.max_queued_tokens,
-            keys.WORKER_ALIVE_MS,
-            known_as,
-            body,
-            fingerprint(request, key),
-            entitled_to.weight,
-            or_nothing(entitled_to.requests_per_minute),
-            or_nothing(entitled_to.tokens_per_minute),
-            or_nothing(entitled_to.max_queued_jobs),
+        application = Application(
+            id=new_job_id(),
+            model=request.model,
+            request=request.to_json(),
+            key=key,
+            class_=priority,
+            cost=request.cost,
+            timeout_ms=milliseconds(timeout_s),
+            keep_ms=round(self.limits.result_ttl_s * 1000),
+            watch_ms=keys.WATCH_MS if cancel_on_disconnect else 0,
+            trace=trace or "",
+            max_jobs=self.limits.max_queued_jobs,
+            max_cost=self.limits.max_queued_tokens,
+            alive_ms=keys.WORKER_ALIVE_MS,
+            idempotency=known_as,
+            sha=body,
+            who=fingerprint(request, key),
+            weight=entitled_to.weight,
+            jobs_per_minute=or_nothing(entitled_to.requests_per_minute),
+            cost_per_minute=or_nothing(entitled_to.tokens_per_minute),
+            max_jobs_of_key=or_nothing(entitled_to.max_queued_jobs),
         )
-        answer, *values = await self._scripts.run("admit", *arguments)
+        answer, *values = await self._scripts.run("admit", *application.as_arguments())
         if answer in ("admitted", "known"):
             job_id, standing = values
             position, eta_s = read_place(standing)
             if answer == "admitted" and cancel_on_disconnect:
-                self._remember(job_id, Admitted(arguments, time.monotonic() + timeout_s))
+                self._remember(job_id, Admitted(application, time.monotonic() + timeout_s))
             return Admission(id=job_id, position=position, eta_s=eta_s, is_new=answer == "admitted")
         if answer == "full":
             raise self._queue_full(request, *values)
@@ -143,21 +187,23 @@ class JobQueue:
         )
 
     async def restore(self, job_id: str) -> bool:
-        """Admit a job again, under its id, that Redis lost; False if this process did not admit it.
+        """Admit a job again, under its id, that Redis lost; False if it is not there after that.
 
         A Redis that comes back after a power cut may lack its last second. Seed and prompt are the same, so is every
-        token: a listener who had some of them goes on behind those. Raises `NotReady` as `admit`.
+        token: a listener who had some of them goes on behind those. False where this process did not admit it, or its
+        client asked again meanwhile and another job has its Idempotency-Key. Raises `NotReady` as `admit`.
         """
         lost = self._listened_to.get(job_id)
-        if lost is None or lost.until_s <= time.monotonic():
+        left_s = lost.until_s - time.monotonic() if lost is not None else 0.0
+        if lost is None or left_s <= 0:
             return False
-        arguments = list(lost.arguments)
-        arguments[6] = max(1, round(1000 * (lost.until_s - time.monotonic())))
-        arguments[10:12] = [2**31, 2**53]  # it was accepted once: no bound refuses it now, nor does its key's
-        arguments[17:20] = ["", "", ""]
-        answer, *_ = await self._scripts.run("admit", *arguments)
+        answer, *_ = await self._scripts.run("admit", *lost.application.again(timeout_s=left_s).as_arguments())
         if answer == "no_worker":  # they say that they live within seconds
             raise NotReady("No worker is back yet.", code="no_worker", retry_after_s=1.0)
+        if answer != "admitted":
+            logger.warning("job %s was lost by Redis and is not admitted again: another has its place", job_id)
+            self.forget(job_id)
+            return False
         logger.warning("job %s was lost by Redis and is admitted again", job_id)
         return True
 
@@ -234,7 +280,7 @@ class JobQueue:
 
     def _queue_full(self, request: JobRequest, queued: int, queued_cost: int, wait_ms: int) -> QueueFull:
         # Where the speed is unknown nobody was promised anything: jitter, so that they do not come back all at once.
-        wait_s = wait_ms / 1000 or UNKNOWN_SPEED_RETRY_S * random.uniform(0.8, 1.2)
+        wait_s = wait_ms / 1000 or UNKNOWN_SPEED_RETRY_S * JITTER.uniform(0.8, 1.2)
         limits = self.limits
         return QueueFull(
             f"The queue of {request.model!r} is full: {queued} of {limits.max_queued_jobs} jobs and "
@@ -251,8 +297,13 @@ def fingerprint(request: JobRequest, key: str) -> str:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
-def or_nothing(limit: float | None) -> float | str:
+def or_nothing(limit: Limit | None) -> Limit | str:
     return "" if limit is None else limit
+
+
+def milliseconds(timeout_s: float) -> int:
+    """At least one: 0 would be no time to live."""
+    return max(1, round(timeout_s * 1000))
 
 
 def bounded(wait_s: float) -> float:

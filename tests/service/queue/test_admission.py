@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from dataclasses import fields
 
 import pytest
 
 from service.errors import IdempotencyConflict, NotReady, QueueFull
 from service.queue import keys
 from service.queue.job import Finish, JobState
+from service.queue.job_queue import Application
+from service.queue.scripts import source
 from tests.service.queue.conftest import MODEL, Bench, chunk, with_limits, worker_info
 
 pytestmark = pytest.mark.anyio
@@ -162,3 +166,21 @@ async def test_request_survives_any_text(bench: Bench) -> None:
     assert record.request.options == {"prompt": text}
     assert record.request.stop == ("\n\n", "🙂")
     assert record.trace == "00-abc-def-01"
+
+
+def test_an_application_has_the_names_and_the_order_that_the_script_reads() -> None:
+    header = [line.removeprefix("--") for line in source("admit").splitlines() if line.startswith("--")]
+    names = " ".join(header).partition("ARGV:")[2].split()
+    assert [field.name.rstrip("_") for field in fields(Application)] == names
+
+
+async def test_a_host_that_seeds_the_global_generator_does_not_give_all_refused_the_same_wait(bench: Bench) -> None:
+    for _ in range(bench.limits.max_queued_jobs):
+        await bench.admit()
+    waits = set()
+    for seed in range(5):
+        random.seed(0)
+        with pytest.raises(QueueFull) as refused:
+            await bench.admit(prompt_ids=(seed,))
+        waits.add(refused.value.retry_after_s)
+    assert len(waits) == 5
