@@ -48,10 +48,11 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Answer]) -> An
             raise ClientGone
         return task.result()
     finally:
-        await _end(task, gone)
+        await end_tasks(task, gone)
 
 
-async def _end(*tasks: asyncio.Task[Any]) -> None:
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait until they are gone."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -118,7 +119,7 @@ class EventStream(Response):
             finished = writing.done()
         finally:
             self.metrics.open_streams.dec()
-            await _end(writing, pinging, gone)
+            await end_tasks(writing, pinging, gone)
         if not finished:
             self.metrics.disconnects.inc()
             if self.on_gone is not None:

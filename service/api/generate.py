@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -59,12 +60,10 @@ async def generate(
             on_gone=lambda: cancel(state, [job]),
             headers=headers | {"location": f"/jobs/{job.id}"},
         )
-    records = await wait_for(request, state, [job])
+    refuse = partial(response_of, headers=headers)
+    records = await wait_for(request, state, [job], failure_of=failure_of, refuse=refuse)
     if isinstance(records, Response):
         return records
-    failure = failure_of(records[0])
-    if failure is not None:
-        return response_of(failure, headers)
     return JsonResponse(describe(records[0], job.model), headers=headers)
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -172,13 +173,10 @@ async def answer(request: Request, asked: Asked) -> Response:
             describe_error=describe_error,
             headers=headers,
         )
-    records = await wait_for(request, state, asked.jobs)
+    refuse = partial(response_of, headers=headers)
+    records = await wait_for(request, state, asked.jobs, failure_of=cut_short, refuse=refuse)
     if isinstance(records, Response):
         return records
-    for record in records:
-        failure = cut_short(record)
-        if failure is not None:
-            return response_of(failure, headers)
     if asked.body.scores_prompt:  # 13 to 63 ms for a prompt of 2,048 tokens, in which others' streams are to go on
         return await asyncio.to_thread(lambda: JsonResponse(whole(asked, records), headers=headers))
     return JsonResponse(whole(asked, records), headers=headers)
@@ -233,9 +231,6 @@ async def stream(state: ApiState, asked: Asked) -> AsyncGenerator[bytes]:
                 logprobs = shape.logprobs(one.logprobs, asked.model, texts[place])
                 yield chunk(place, shape.delta(one.text), logprobs)
             elif isinstance(one, Ended):
-                failure = cut_short(one.record)
-                if failure is not None:
-                    raise failure
                 assert one.record.finish is not None
                 records[place] = one.record
                 yield chunk(place, shape.delta(""), None, one.record.finish.reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -98,12 +99,10 @@ async def generate(request: Request, asked: Annotated[Asked, Depends(admit_tgi)]
             describe_error=lambda error: event(body_with_type(error)),
             headers=headers,
         )
-    records = await wait_for(request, state, [asked.job])
+    refuse = partial(response_of, headers=headers, body=body_with_type)
+    records = await wait_for(request, state, [asked.job], failure_of=cut_short, refuse=refuse)
     if isinstance(records, Response):
         return records
-    failure = cut_short(records[0])
-    if failure is not None:
-        return response_of(failure, headers, body=body_with_type)
     answer: dict[str, Any] = {"generated_text": asked.prefix + records[0].completion.text}
     if asked.body.parameters.details:
         answer["details"] = details_of(asked, records[0])
@@ -189,9 +188,6 @@ async def stream(state: ApiState, asked: Asked) -> AsyncGenerator[bytes]:
                     else:
                         yield event(said)
             elif isinstance(one, Ended):
-                failure = cut_short(one.record)
-                if failure is not None:
-                    raise failure
                 end_id = asked.model.folder.end_token_ids[0]
                 last = last or say(index + 1, {"id": end_id, "text": "", "logprob": 0.0, "special": True}, [])
                 last["token"]["text"] += pieces.released

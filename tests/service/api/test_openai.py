@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
 import openai
 import pytest
 
+from service.queue import keys
+from service.queue.connection import blocking_redis
 from service.queue.job import Finish
 from shared.tokenizer import Tokenizer
 from tests.service.api.events import events_of
@@ -283,6 +286,33 @@ def test_a_stream_that_is_closed_cancels_its_jobs(sdk: openai.OpenAI, worker: Sc
     wait_until(lambda: len(worker.taken) == 2, "both jobs")
     stream.close()
     wait_until(lambda: len(worker.dropped) == 2, "both jobs to be dropped", 3.0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("how", ["cancelled", "lost"])
+def test_a_choice_that_fails_ends_the_others(
+    api: Api, sdk: openai.OpenAI, client: httpx2.Client, worker: ScriptedWorker, redis_url: str, stream: bool, how: str
+) -> None:
+    """Their client has its error: what they would say is for nobody."""
+    worker.ends.clear()
+
+    def ask() -> None:
+        answer: Any = sdk.completions.create(model="tiny", prompt="a", n=3, max_tokens=4, stream=stream)
+        list(answer)
+
+    with ThreadPoolExecutor() as threads:
+        asking = threads.submit(ask)
+        wait_until(lambda: len(worker.taken) == 3, "all choices to run")
+        ids = [job.id for job in worker.taken]
+        if how == "cancelled":
+            client.delete(f"/jobs/{ids[1]}").raise_for_status()
+        else:
+            api.app.state.api.queue.forget(ids[1])  # so that it is not admitted again
+            with blocking_redis(redis_url) as redis:
+                redis.delete(keys.JOB + ids[1])
+        with pytest.raises(openai.APIError, match="job"):
+            asking.result(60)
+    assert [client.get(f"/jobs/{id}").json()["status"] for id in (ids[0], ids[2])] == ["cancelled"] * 2
 
 
 def test_the_stream_ends_with_done_and_is_openai_s_framing(client: httpx2.Client) -> None:
