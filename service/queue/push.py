@@ -22,6 +22,8 @@ from service.queue.connection import CONNECT_TIMEOUT_S
 
 logger = logging.getLogger(__name__)
 
+LOOK = ""
+"""Not published by anybody: something may have been, while the connection was lost."""
 MAX_UNREAD = 64
 """A reader this many messages behind reads the stream instead."""
 SILENCE_S = 5.0
@@ -70,6 +72,7 @@ class PushConnection:
         self._inboxes: dict[str, list[Inbox]] = {}
         self._confirmed: dict[str, asyncio.Event] = {}
         self._sent: set[str] = set()
+        self._missed: set[str] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -107,6 +110,7 @@ class PushConnection:
             try:
                 async with asyncio.timeout(2 * CONNECT_TIMEOUT_S):
                     await connection.connect()
+                self._missed |= self._sent
                 self._sent = set()
                 self._changed.set()
                 writer = asyncio.create_task(self._write(connection), name="push-subscriptions")
@@ -156,3 +160,6 @@ class PushConnection:
                     inbox.put(content)
             elif kind == "subscribe" and channel in self._confirmed:
                 self._confirmed[channel].set()
+                for inbox in self._inboxes.get(channel, ()) if channel in self._missed else ():
+                    inbox.put(LOOK)
+                self._missed.discard(channel)

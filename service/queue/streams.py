@@ -20,12 +20,14 @@ from service.errors import NotFound, NotReady
 from service.queue import keys
 from service.queue.job import Chunk, Ended, JobRecord, JobState, QueuedEvent
 from service.queue.job_queue import JobQueue
-from service.queue.push import Inbox, PushConnection, end_task
+from service.queue.push import LOOK, Inbox, PushConnection, end_task
 from service.queue.records import read_chunks, read_place, read_push, read_record
 from service.queue.scripts import AsyncScripts
 
-POLL_S: Final = 1.0
-"""A reader that was told nothing for this long looks for itself; queue positions are as old as this at most."""
+POLL_QUEUED_S: Final = 1.0
+"""Queue positions are as old as this at most."""
+POLL_S: Final = 5.0
+"""A reader that was told nothing for this long looks for itself; that of a lost connection is told when it is back."""
 SUBSCRIBE_S: Final = 0.5
 OUTAGE_PATIENCE_S: Final = 30.0
 """A stream outlives Redis being away for this long."""
@@ -73,7 +75,8 @@ class TokenStreams:
                     if place is None or place.position != position:
                         place = QueuedEvent(position=position, eta_s=eta_s)
                         yield place
-                while (message := await inbox.get(POLL_S)) not in (None, END_MESSAGE):
+                patience_s = POLL_QUEUED_S if state == JobState.QUEUED else POLL_S
+                while (message := await inbox.get(patience_s)) not in (None, LOOK, END_MESSAGE):
                     assert message is not None
                     offset, chunk = read_push(message)
                     if chunk.cursor <= cursor:

@@ -44,6 +44,7 @@ class WorkerQueue:
         # What this process delivered of each running job. A Redis that restarts may lose its last second; it then
         # answers GAP with the index it still has, and is sent the rest again.
         self._delivered: dict[str, tuple[int, list[Chunk]]] = {}
+        self._unread: set[str] = set()
         self._lock = threading.Lock()
 
     def announce(self, info: WorkerInfo) -> None:
@@ -114,6 +115,10 @@ class WorkerQueue:
                 self._forget(writes[i][0])
         return answers
 
+    def is_unread(self, job_id: str) -> bool:
+        """Whether nobody followed a job's tokens when its last chunk was delivered: it is for an answer as a whole."""
+        return job_id in self._unread
+
     def finish(
         self,
         job: LeasedJob,
@@ -183,6 +188,7 @@ class WorkerQueue:
         with self._lock:
             for job_id in cancelled:
                 self._delivered.pop(job_id, None)
+                self._unread.discard(job_id)
         return cancelled
 
     def reap(self) -> int:
@@ -196,7 +202,11 @@ class WorkerQueue:
         arguments: list[str | int] = []
         for job, chunk in writes:
             arguments += [job.id, job.attempt, chunk.first_index, chunk.end_index, len(chunk.text), chunk.to_json()]
-        return _verdicts(self._scripts.run("append", self.limits.lease_ms, *arguments))
+        flat = self._scripts.run("append", self.limits.lease_ms, *arguments)
+        with self._lock:
+            for (job, _), num_told in zip(writes, flat[2::3], strict=True):
+                (self._unread.discard if num_told else self._unread.add)(job.id)
+        return _verdicts(flat[::3], flat[1::3])
 
     def _finish(
         self, endings: Sequence[tuple[LeasedJob, Finish, Chunk | None, Mapping[str, float] | None]]
@@ -212,7 +222,8 @@ class WorkerQueue:
             arguments += [job.id, job.attempt, *span, STATE_OF_REASON[finish.reason], finish.reason]
             arguments += [finish.stop_sequence or "", finish.error or ""]
             arguments += [(timings or {}).get(name, "") for name in ("prefill_ms", "cached_tokens")]
-        return _verdicts(self._scripts.run("finish", *arguments))
+        flat = self._scripts.run("finish", *arguments)
+        return _verdicts(flat[::2], flat[1::2])
 
     def _resend(self, job: LeasedJob, index: int) -> tuple[Verdict, int]:
         """Send again what a restarted Redis lost behind `index`; stays GAP only if this process never had it."""
@@ -243,6 +254,7 @@ class WorkerQueue:
         with self._lock:
             if job.id in self._delivered and self._delivered[job.id][0] <= job.attempt:
                 del self._delivered[job.id]
+                self._unread.discard(job.id)
 
     def _end_of(self, job: LeasedJob) -> int:
         with self._lock:
@@ -254,5 +266,5 @@ def _identities(jobs: Sequence[LeasedJob]) -> list[str | int]:
     return [part for job in jobs for part in (job.id, job.attempt)]
 
 
-def _verdicts(flat: Sequence[Any]) -> list[tuple[Verdict, int]]:
-    return [(Verdict(verdict), int(index)) for verdict, index in zip(flat[::2], flat[1::2], strict=True)]
+def _verdicts(names: Sequence[str], indices: Sequence[int]) -> list[tuple[Verdict, int]]:
+    return [(Verdict(name), int(index)) for name, index in zip(names, indices, strict=True)]

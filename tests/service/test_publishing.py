@@ -6,17 +6,20 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.engine.sequence import Output
 from service.errors import NotReady
 from service.publishing import Publisher
+from service.queue import keys
 from service.queue.connection import async_redis, blocking_redis
 from service.queue.job import JobRecord, JobRequest, LeasedJob, QueueLimits, WorkerInfo
 from service.queue.job_queue import JobQueue
 from service.queue.local_server import LocalRedis, start_redis
 from service.queue.worker_queue import WorkerQueue
+from tests.processes import wait_until
 
 LIMITS = QueueLimits(lease_ms=600_000)
 TEXT = "Speak, speak."
@@ -105,6 +108,36 @@ def test_what_redis_does_not_take_goes_out_when_it_is_back_with_what_came_since(
     assert record.state.is_final and not publisher.has_undelivered
 
 
+def test_tokens_that_nobody_follows_wait_longer(server: LocalRedis, publisher: Publisher) -> None:
+    followed, alone = take(server, publisher, 2)
+    client = blocking_redis(server.url)
+    subscription: Any = client.pubsub()  # type: ignore[no-untyped-call]
+    subscription.subscribe(keys.PUSH + followed.id)
+    assert subscription.get_message(timeout=60)["type"] == "subscribe"
+
+    def send(start: int, end: int, *, all_sent_at_s: float) -> None:
+        draw(publisher, followed, start, end)
+        draw(publisher, alone, start, end)
+        publisher._read_sent_at_s, publisher._all_sent_at_s = 0.0, all_sent_at_s
+        publisher.send()
+        publisher.hear(wait_s=60)
+
+    send(0, 1, all_sent_at_s=float("inf"))
+    assert not publisher.pending, "a first token is urgent, followed or not"
+    send(1, 2, all_sent_at_s=float("inf"))
+    assert [*publisher.pending] == [alone.id] and read(server, followed).completion.token_ids == (0, 1)
+    send(2, 3, all_sent_at_s=0.0)
+    assert read(server, alone).completion.token_ids == (0, 1, 2), "for another worker, should this one die"
+    subscription.close()
+    wait_until(lambda: client.pubsub_numsub(keys.PUSH + followed.id) == [(keys.PUSH + followed.id, 0)], "no reader")
+    send(3, 4, all_sent_at_s=0.0)
+    send(4, 5, all_sent_at_s=float("inf"))
+    assert {*publisher.pending} == {followed.id, alone.id}, "its reader is gone"
+    send(5, len(TEXT), all_sent_at_s=float("inf"))
+    assert read(server, alone).completion.text == TEXT
+    client.close()
+
+
 def test_only_what_somebody_waits_for_goes_out_at_once(server: LocalRedis, publisher: Publisher) -> None:
     first, second = take(server, publisher, 2)
     draw(publisher, first, 0, 2)
@@ -112,7 +145,7 @@ def test_only_what_somebody_waits_for_goes_out_at_once(server: LocalRedis, publi
     assert publisher.hear(wait_s=60) is not None
     draw(publisher, first, 2, 4)
     draw(publisher, second, 0, 1)
-    publisher._all_sent_at_s = float("inf")  # no time for all of them comes
+    publisher._read_sent_at_s = publisher._all_sent_at_s = float("inf")  # no time for all of them comes
     publisher.send()
     assert publisher.hear(wait_s=60) is not None
     assert [*publisher.pending] == [first.id] and read(server, second).completion.token_ids == (0,)

@@ -17,21 +17,21 @@ local function fenced(id, attempt, now)
   return nil, 'fenced', job[1]
 end
 
--- Add tokens [first, last) to a job that `fenced` returned. A write sent twice changes nothing.
+-- Add tokens [first, last) to a job that `fenced` returned; twice changes nothing. Answers verdict, index, readers.
 local function write_chunk(id, job, first, last, length, chunk, now)
   local n = tonumber(job[3])
   if last <= n then
-    return 'ok', n
+    return 'ok', n, 0
   end
   if first ~= n then
-    return 'gap', n
+    return 'gap', n, 0
   end
   redis.call('XADD', TOKENS .. id, last .. '-0', 'c', chunk, 'o', job[4])
-  redis.call('PUBLISH', PUSH .. id, job[4] .. chunk)
+  local heard = redis.call('PUBLISH', PUSH .. id, job[4] .. chunk)
   redis.call('HSET', JOB .. id, 'n', last, 'chars', job[4] + length)
   if n == 0 then
     redis.call('HSETNX', JOB .. id, 'first_token', now)
     redis.call('PEXPIREAT', TOKENS .. id, job[7])
   end
-  return 'ok', last
+  return 'ok', last, heard
 end

@@ -157,6 +157,19 @@ async def test_lost_push_connection_costs_no_token(bench: Bench) -> None:
     assert tokens(await follower) == [5, 6, 7]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+async def test_what_was_published_while_the_push_connection_was_lost_is_read_when_it_is_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    monkeypatch.setattr(streams, "POLL_S", 600)
+    job = await start(bench)
+    reader = asyncio.create_task(bench.streams.wait(job.id) if whole else bench.read_all(job.id))
+    await wait_until_async(lambda: listeners(bench, job.id))
+    bench.client.client_kill_filter(_type="pubsub")
+    bench.workers["worker"].finish(job, DONE, chunk=chunk(0, 5))
+    await asyncio.wait_for(reader, 60)
+
+
 async def test_cancel_ends_the_stream(bench: Bench) -> None:
     running = await start(bench)
     for job_id in ((await bench.admit()).id, running.id):
