@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             if settings.may_use_kernels:  # some seconds where nothing is cached, and torch's import takes one
                 compile_ahead(settings.kernels)
-            from service.worker import run_worker
+            from service.worker_process import run_worker
 
             run_worker(settings)
     except SmolLMError as error:

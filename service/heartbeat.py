@@ -44,7 +44,7 @@ class Heartbeat:
         """Whether Redis answered last; the main thread leaves it alone while it did not."""
         self._announce_lock = threading.Lock()
         self._announced_at_s = self._reaped_at_s = 0.0
-        self._lost: set[tuple[str, int]] = set()
+        self._lost: list[LeasedJob] = []
         self._lost_lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -69,10 +69,10 @@ class Heartbeat:
             log.warning("%s The worker goes on with what it has.", error)
         self.is_connected = False
 
-    def take_lost(self) -> set[tuple[str, int]]:
-        """Return (id, attempt) of jobs that are no longer this worker's."""
+    def take_lost(self) -> list[LeasedJob]:
+        """Return the leases that were refused since the last call."""
         with self._lost_lock:
-            lost, self._lost = self._lost, set()
+            lost, self._lost = self._lost, []
         return lost
 
     def announce(self) -> None:
@@ -84,13 +84,14 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stop.wait(self.interval_s if self.is_connected else RETRY_S):
             try:
-                self._beat()
+                self.beat()
             except NotReady as error:
                 self.lost_connection(error)
             except Exception:  # without this thread every lease would run out
                 log.exception("a heartbeat failed")
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
+        """Renew all leases, and say and close what is due. Raises `NotReady`."""
         now_s = time.monotonic()
         if now_s - self.alive_at_s > STUCK_AFTER_S:
             log.error("no step ended for %.0f s; the leases of this worker run out", now_s - self.alive_at_s)
@@ -98,9 +99,7 @@ class Heartbeat:
         jobs = self.jobs()
         verdicts = self.queue.heartbeat(jobs)
         with self._lost_lock:
-            self._lost |= {
-                (job.id, job.attempt) for job, verdict in zip(jobs, verdicts, strict=True) if verdict is not Verdict.OK
-            }
+            self._lost += [job for job, verdict in zip(jobs, verdicts, strict=True) if verdict is not Verdict.OK]
         if now_s - self._announced_at_s >= ANNOUNCE_EVERY_S or not self.is_connected:
             self.announce()  # an empty Redis that came back knows no worker
         if not self.is_connected:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.engine.sequence import Output
+from service.errors import NotReady
 from service.queue.job import Chunk, Finish, LeasedJob, Verdict
 from service.queue.worker_queue import WorkerQueue
 
@@ -61,7 +62,7 @@ class Pending:
             self.prompt_scores = output.prompt_scores.to_text()
         if output.finish_reason is not None:
             self.finish = Finish(reason=output.finish_reason, stop_sequence=output.stop_sequence, error=output.error)
-            self.timings = {name: value for name, value in output.timings.items() if name != "decode_ms"}
+            self.timings = output.timings
 
     def chunk(self) -> Chunk | None:
         """All of it as one chunk; None if there is nothing to say."""
@@ -77,13 +78,17 @@ class Pending:
 
 @dataclass(slots=True)
 class Delivery:
-    """What is on its way, and what became of it so far."""
+    """What goes to Redis together, and what became of it so far."""
 
     left: dict[str, Pending]
     """By job: what Redis has not taken yet."""
-    lost: set[str] = field(default_factory=set)
-    """Jobs that this worker must drop."""
+    unheard: list[LeasedJob] = field(default_factory=list)
+    """Jobs of which Redis knows less than this process can send, to be handed over to whoever goes on from there."""
+    lost: list[LeasedJob] = field(default_factory=list)
+    """Leases that are over: the worker drops these sequences, unless it holds the job by a later one."""
     refused: list[Verdict] = field(default_factory=list)
+    error: NotReady | None = None
+    """Why something is left; the verdicts above were heard before."""
     seconds: float = 0.0
 
 
@@ -96,12 +101,12 @@ class Publisher:
         self._read_sent_at_s = 0.0  # what somebody follows
         self._all_sent_at_s = 0.0
         self._courier = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="courier")
-        self._way: futures.Future[None] | None = None
+        self._future: futures.Future[None] | None = None
         self._delivery = Delivery({})
 
     @property
     def has_undelivered(self) -> bool:
-        return bool(self.pending or self._delivery.left) or self._way is not None
+        return bool(self.pending or self._delivery.left or self._delivery.unheard) or self._future is not None
 
     def add(self, job: LeasedJob, output: Output) -> None:
         """Note what a step brought a job."""
@@ -118,7 +123,7 @@ class Publisher:
     def drop(self, job_id: str) -> None:
         """Forget what was not delivered: nobody wants it any more."""
         self.pending.pop(job_id, None)
-        if self._way is None:  # what is on its way, Redis refuses by itself
+        if self._future is None:  # what is on its way, Redis refuses by itself
             self._delivery.left.pop(job_id, None)
 
     def send(self, *, everything: bool = False) -> None:
@@ -126,26 +131,26 @@ class Publisher:
 
         What Redis did not take goes first and unchanged: it may have taken it without saying so, and knows it again.
         """
-        if self._way is not None:
+        if self._future is not None:
             return
+        unheard = self._delivery.unheard
         due = self._delivery.left or self._take_due(everything)
-        if not due:
+        if not due and not unheard:
             return
-        self._delivery = Delivery(due)
-        self._way = self._courier.submit(deliver, self.queue, self._delivery)
+        self._delivery = Delivery(due, unheard)
+        self._future = self._courier.submit(write_to_redis, self.queue, self._delivery)
 
     def hear(self, *, wait_s: float = 0.0) -> Delivery | None:
         """Return what became of the last delivery, once; None before it is known.
 
-        Raises:
-            NotReady: Redis is away; what it did not take is sent again.
+        With an `error` Redis is away; what it did not take is sent again.
         """
-        if self._way is not None and wait_s > 0:
-            futures.wait([self._way], wait_s)
-        if self._way is None or not self._way.done():
+        if self._future is not None and wait_s > 0:
+            futures.wait([self._future], wait_s)
+        if self._future is None or not self._future.done():
             return None
-        way, self._way = self._way, None
-        way.result()
+        future, self._future = self._future, None
+        future.result()
         return self._delivery
 
     def close(self) -> None:
@@ -174,8 +179,8 @@ class Publisher:
         return due
 
 
-def deliver(queue: WorkerQueue, delivery: Delivery) -> None:
-    """Write everything to Redis, striking out what it took or refused."""
+def write_to_redis(queue: WorkerQueue, delivery: Delivery) -> None:
+    """Write everything, striking out what Redis took or refused."""
     started_s = time.monotonic()
     all_pending = list(delivery.left.values())
     writes = [
@@ -183,26 +188,26 @@ def deliver(queue: WorkerQueue, delivery: Delivery) -> None:
         for pending in all_pending
         if pending.finish is None and (chunk := pending.chunk()) is not None
     ]
-    verdicts = (verdict for verdict, _ in queue.append(writes))
-    unheard = strike_out(delivery, (job for job, _ in writes), verdicts, are_over=False)
     endings = [(it.job, it.finish, it.chunk(), it.timings) for it in all_pending if it.finish is not None]
-    unheard += strike_out(delivery, (job for job, *_ in endings), queue.finish_many(endings), are_over=True)
-    # Redis lost tokens that this process does not have either: the next attempt goes on from what is there.
-    queue.release(unheard)
+    try:
+        verdicts = (verdict for verdict, _ in queue.append(writes))
+        strike_out(delivery, (job for job, _ in writes), verdicts, are_over=False)
+        strike_out(delivery, (job for job, *_ in endings), queue.finish_many(endings), are_over=True)
+        # Redis lost tokens that this process does not have either: the next attempt goes on from what is there.
+        queue.release(delivery.unheard)
+        delivery.unheard = []
+    except NotReady as error:
+        delivery.error = error
     delivery.seconds = time.monotonic() - started_s
 
 
-def strike_out(
-    delivery: Delivery, jobs: Iterable[LeasedJob], verdicts: Iterable[Verdict], *, are_over: bool
-) -> list[LeasedJob]:
-    """Note what Redis said of each job; return those of which it knows less than this process can send."""
-    unheard = []
+def strike_out(delivery: Delivery, jobs: Iterable[LeasedJob], verdicts: Iterable[Verdict], *, are_over: bool) -> None:
+    """Note what Redis said of each job."""
     for job, verdict in zip(jobs, verdicts, strict=True):
         del delivery.left[job.id]
         if verdict is not Verdict.OK:
             delivery.refused.append(verdict)
             if not are_over:
-                delivery.lost.add(job.id)
+                delivery.lost.append(job)
         if verdict is Verdict.GAP:
-            unheard.append(job)
-    return unheard
+            delivery.unheard.append(job)

@@ -1,4 +1,4 @@
-"""The worker process: takes jobs from the queue, steps the engines, delivers tokens. It joins queue and engine.
+"""The worker's loop: takes jobs from the queue, steps the engines, sends tokens. It joins queue and engine.
 
 One thread computes. One delivers (`publishing`), one hears of cancelled jobs (`cancels`), one keeps the leases
 (`heartbeat`), one looks for new models (`engine.host`). SIGTERM: no new jobs, what can end within the grace time ends,
@@ -7,34 +7,25 @@ the rest is handed over, to be taken up at the same token.
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
-import secrets
-import signal
-import socket
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from types import FrameType
 
-import redis
 import torch
 
 from service.cancels import CancelWatch
-from service.engine.host import Host, Hosts, load_host
-from service.engine.network import choose_serving_dtype
+from service.engine.host import Host, Hosts
 from service.engine.sequence import Output, Sequence
 from service.errors import NotReady
-from service.heartbeat import RETRY_S, Heartbeat
-from service.metrics import WorkerMetrics, serve_metrics
+from service.heartbeat import Heartbeat
+from service.metrics import WorkerMetrics
 from service.observer import Observer
 from service.publishing import Publisher
-from service.queue.connection import MAX_BLOCK_S, blocking_redis, check_server
-from service.queue.job import LeasedJob, QueueLimits, WorkerInfo
+from service.queue.connection import MAX_BLOCK_S
+from service.queue.job import LeasedJob, WorkerInfo
 from service.queue.worker_queue import WorkerQueue
-from service.settings import Settings
-from service.tracing import Tracer, open_tracer
-from shared.device import choose_device, choose_num_threads
+from service.tracing import Tracer
 from shared.errors import SmolLMError
 from shared.sampling import SamplingParams
 
@@ -56,7 +47,7 @@ class Running:
 
 
 class Worker:
-    """One process' loop. `run` returns when `stop` was called and everything was handed over."""
+    """One process' loop (`worker_process` starts it). `run` returns when `stop` was called and all was handed over."""
 
     def __init__(
         self,
@@ -106,6 +97,7 @@ class Worker:
         self.heartbeat.tick()
         if self.hosts.adopt():
             self.must_announce = True
+        self.drop_lost(self.heartbeat.take_lost())
         self.ask_redis()
         return self.compute()
 
@@ -174,14 +166,12 @@ class Worker:
             self.fail(job.id, f"The model cannot serve this request: {error}.")
 
     def compute(self) -> bool:
-        """Step every engine that has work and deliver what came out."""
-        for running in [self.running[id] for id, attempt in self.heartbeat.take_lost() if self.holds(id, attempt)]:
-            self.forget(running.job.id, "lost")
+        """Step every engine that has work and send what came out."""
         working = [host for host in self.hosts.all if host.engine.has_work]
         for host in working:
             self.step(host)
-            self.deliver()
-        self.deliver()
+            self.exchange()
+        self.exchange()
         return bool(working)
 
     def step(self, host: Host) -> None:
@@ -209,27 +199,32 @@ class Worker:
             del self.running[output.sequence_id]
             self.observer.left(output.sequence_id, output.finish_reason)
 
-    def deliver(self, *, wait_s: float = 0.0) -> None:
-        """Have written what is due, and drop the jobs that Redis no longer wants; with time to wait, all there is."""
-        try:
+    def exchange(self, *, wait_s: float = 0.0) -> None:
+        """Hear what Redis made of the last delivery and send the next; with time to wait, everything there is."""
+        self.hear_of_delivery(wait_s)
+        if self.heartbeat.is_connected:
+            self.publisher.send(everything=wait_s > 0)
+        if wait_s:
             self.hear_of_delivery(wait_s)
-            if self.heartbeat.is_connected:
-                self.publisher.send(everything=wait_s > 0)
-            if wait_s:
-                self.hear_of_delivery(wait_s)
-        except NotReady as error:
-            self.heartbeat.lost_connection(error)
 
     def hear_of_delivery(self, wait_s: float) -> None:
-        """Learn what became of what was sent. Raises `NotReady`."""
+        """Drop the jobs that Redis no longer wants from this worker."""
         delivery = self.publisher.hear(wait_s=wait_s)
         if delivery is None:
             return
-        for job_id in delivery.lost:
-            self.forget(job_id, "lost")
-        self.metrics.publish_seconds.observe(delivery.seconds)
+        self.drop_lost(delivery.lost)
         for verdict in delivery.refused:
             self.metrics.refused_writes.labels(verdict.value).inc()
+        if delivery.error is not None:
+            self.heartbeat.lost_connection(delivery.error)
+        else:
+            self.metrics.publish_seconds.observe(delivery.seconds)
+
+    def drop_lost(self, lost: Iterable[LeasedJob]) -> None:
+        """Drop jobs whose lease is over, but not one that this worker has taken again since."""
+        for job in lost:
+            if self.holds(job):
+                self.forget(job.id, "lost")
 
     def forget(self, job_id: str, why: str) -> None:
         """Drop a job that is no longer ours; its slot is free at once."""
@@ -249,7 +244,7 @@ class Worker:
     def rest(self) -> None:
         """Nothing to compute: sleep until a job may be waiting."""
         if self.publisher.has_undelivered:
-            self.deliver(wait_s=0.02)
+            self.exchange(wait_s=0.02)
         if self.publisher.has_undelivered or not self.heartbeat.is_connected or not self.hosts.current:
             time.sleep(0.02)
             return
@@ -268,7 +263,7 @@ class Worker:
             self.turn()
         self.hand_over(list(self.running.values()))
         while self.publisher.has_undelivered and time.monotonic() < end_s + 1.0:
-            self.deliver(wait_s=0.02)
+            self.exchange(wait_s=0.02)
             time.sleep(0.005)
         try:
             self.queue.withdraw()
@@ -288,8 +283,8 @@ class Worker:
         """Give jobs back to the queue, to be taken at once by whoever asks next."""
         if not handed:
             return
-        self.deliver(wait_s=MAX_BLOCK_S)  # all that is known goes out before
-        jobs = [running.job for running in handed if self.holds(running.job.id, running.job.attempt)]
+        self.exchange(wait_s=MAX_BLOCK_S)  # all that is known goes out before
+        jobs = [running.job for running in handed if self.holds(running.job)]
         try:
             self.queue.release(jobs if self.heartbeat.is_connected else ())
         except NotReady as error:
@@ -298,9 +293,10 @@ class Worker:
             self.forget(job.id, "handed_over")
         log.info("handed over %d jobs", len(jobs))
 
-    def holds(self, job_id: str, attempt: int) -> bool:
-        running = self.running.get(job_id)
-        return running is not None and running.job.attempt == attempt
+    def holds(self, job: LeasedJob) -> bool:
+        """Whether this very lease is in hand: its number alone may come again, after Redis lost everything."""
+        running = self.running.get(job.id)
+        return running is not None and running.job is job
 
     def leased_jobs(self) -> list[LeasedJob]:
         """The jobs in hand; called from the heartbeat's thread."""
@@ -325,72 +321,3 @@ class Worker:
                 "max_cached_tokens": sum(engine.cache.max_cached_tokens for engine in engines),
             },
         )
-
-
-def run_worker(settings: Settings) -> None:
-    """Serve every model of `settings.models_dir` until SIGTERM or SIGINT.
-
-    Raises:
-        ConfigError: a setting that cannot work on this machine, or a Redis that cannot hold the queue.
-    """
-    device = choose_device(settings.device)
-    dtype = choose_serving_dtype(device.value, settings.dtype, kernels=settings.kernels)
-    threads = choose_num_threads(settings.num_threads)
-    torch.set_num_threads(threads.value)
-    log.info("device %s: %s; dtype %s: %s", device.value, device.reason, dtype.value, dtype.reason)
-    log.info("%d threads: %s", threads.value, threads.reason)
-    client = blocking_redis(settings.redis_url.get_secret_value())
-    tracer = open_tracer("worker", settings.otlp_endpoint)
-    limits = QueueLimits(
-        max_queued_jobs=settings.max_queued_jobs,
-        max_queued_tokens=settings.max_queued_tokens,
-        result_ttl_s=settings.result_ttl_s,
-        lease_ms=settings.lease_ms,
-        max_attempts=settings.max_attempts,
-    )
-    load = functools.partial(
-        load_host,
-        device=device.value,
-        dtype=dtype.value,
-        weights=settings.weights,
-        kernels=settings.kernels,
-        num_slots=settings.num_slots,
-        max_cached_tokens=settings.max_cached_tokens,
-        speculate=settings.speculation == "auto",
-        share_prefixes=settings.share_prefixes,
-    )
-    worker = Worker(
-        WorkerQueue(client, worker_id=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}", limits=limits),
-        Hosts(settings.models_dir, load, poll_s=settings.model_poll_s),
-        WorkerMetrics(),
-        shutdown_grace_s=settings.shutdown_grace_s,
-        tracer=tracer,
-    )
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        if worker.is_stopping:  # asked twice: give everything back at once
-            worker.shutdown_grace_s = 0.0
-        worker.stop()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    serve_metrics(worker.metrics, settings.worker_metrics_port)
-    if wait_for_redis(worker, client):
-        worker.run()
-    client.close()
-    tracer.close()
-
-
-def wait_for_redis(worker: Worker, client: redis.Redis) -> bool:
-    """Wait until Redis answers; False if the worker was told to stop before."""
-    told = False
-    while not worker.is_stopping:
-        try:
-            log.info("the queue is in %s", check_server(client))
-            return True
-        except NotReady as error:
-            if not told:
-                log.warning("%s The worker waits for it.", error)
-            told = True
-            time.sleep(RETRY_S)
-    return False

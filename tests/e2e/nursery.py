@@ -23,7 +23,7 @@ from tests.processes import ROOT
 
 def serve() -> None:
     import service.api.server
-    import service.worker  # noqa: F401
+    import service.worker_process  # noqa: F401
     from service.__main__ import main
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children

@@ -36,7 +36,7 @@ def delivered(publisher: Publisher) -> tuple[set[str], list[Verdict]]:
     publisher.send(everything=True)
     delivery = publisher.hear(wait_s=60)
     assert delivery is not None and not delivery.left and publisher.hear() is None and not publisher.has_undelivered
-    return delivery.lost, delivery.refused
+    return {job.id for job in delivery.lost}, delivery.refused
 
 
 @pytest.mark.anyio

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from service.errors import NotReady
 from service.publishing import Publisher
 from service.queue import keys
 from service.queue.connection import async_redis, blocking_redis
-from service.queue.job import JobRecord, JobRequest, LeasedJob, QueueLimits, WorkerInfo
+from service.queue.job import Chunk, Finish, JobRecord, JobRequest, LeasedJob, QueueLimits, Verdict, WorkerInfo
 from service.queue.job_queue import JobQueue
 from service.queue.local_server import LocalRedis, start_redis
 from service.queue.worker_queue import WorkerQueue
@@ -81,6 +81,12 @@ def read(server: LocalRedis, job: LeasedJob) -> JobRecord:
     return record
 
 
+def error_of(publisher: Publisher) -> NotReady | None:
+    delivery = publisher.hear(wait_s=60)
+    assert delivery is not None
+    return delivery.error
+
+
 def test_what_redis_does_not_take_goes_out_when_it_is_back_with_what_came_since(
     server: LocalRedis, publisher: Publisher
 ) -> None:
@@ -95,8 +101,7 @@ def test_what_redis_does_not_take_goes_out_when_it_is_back_with_what_came_since(
     draw(publisher, job, 5, 8)
     publisher.send(everything=True)  # one delivery at a time
     assert publisher.hear() is None and [*publisher.pending] == [job.id]
-    with pytest.raises(NotReady):
-        publisher.hear(wait_s=60)
+    assert error_of(publisher) is not None
     draw(publisher, job, 8, len(TEXT))
     server.process.send_signal(signal.SIGCONT)  # it now takes, late, what it was sent while it was frozen
     for _ in range(2):
@@ -162,10 +167,54 @@ def test_a_job_dropped_in_an_outage_is_not_sent_again(server: LocalRedis, publis
     for job in (kept, dropped):
         draw(publisher, job, 0, 1)
     publisher.send(everything=True)
-    with pytest.raises(NotReady):
-        publisher.hear(wait_s=60)
+    assert error_of(publisher) is not None
     publisher.drop(dropped.id)
     assert publisher.has_undelivered
     publisher.drop(kept.id)
     assert not publisher.has_undelivered
     server.process.send_signal(signal.SIGCONT)
+
+
+class StopsBeforeEndings(WorkerQueue):
+    """A worker's queue whose Redis goes away once, in the middle of a delivery."""
+
+    stop_server: Callable[[], None] | None = None
+
+    def finish_many(
+        self, endings: Sequence[tuple[LeasedJob, Finish, Chunk | None, Mapping[str, float] | None]]
+    ) -> list[Verdict]:
+        stop, self.stop_server = self.stop_server, None
+        if stop is not None:
+            stop()
+        return super().finish_many(endings)
+
+
+def test_what_redis_said_before_it_went_away_is_heard(server: LocalRedis, tmp_path: Path) -> None:
+    """Half a delivery: its refusals count, what was owed for them is done later, and the other half is sent again."""
+    client = blocking_redis(server.url)
+    queue = StopsBeforeEndings(client, worker_id="worker", limits=LIMITS)
+    queue.announce(WorkerInfo(id="worker", models={"tiny": "r"}, slots=4, free=4, device="cpu", dtype="float32"))
+    publisher = Publisher(queue)
+    fenced, unheard, ended = take(server, publisher, 3)
+    draw(publisher, unheard, 0, 1)
+    publisher.send()
+    assert error_of(publisher) is None
+    queue.release([fenced])
+    draw(publisher, fenced, 0, 1)
+    draw(publisher, unheard, 3, 4)  # tokens 1 and 2 are nowhere: a Redis and a worker that each lost some
+    draw(publisher, ended, 0, len(TEXT))
+    queue.stop_server = server.stop
+    publisher.send(everything=True)
+    delivery = publisher.hear(wait_s=60)
+    assert delivery is not None and delivery.error is not None
+    assert delivery.refused == [Verdict.FENCED, Verdict.GAP] and delivery.lost == [fenced, unheard]
+    assert publisher.has_undelivered
+    port = int(server.url.split(":")[-1].split("/")[0])
+    with start_redis(port=port, directory=tmp_path) as again:
+        publisher.send()
+        assert error_of(publisher) is None and not publisher.has_undelivered
+        assert read(again, ended).completion.text == TEXT
+        handed_over = {job.id: job for job in queue.next("tiny", "r", num_slots=3, num_tokens=1_000)}
+        assert handed_over[unheard.id].completion_ids == (0,) and handed_over[unheard.id].attempt == 2
+        publisher.close()
+        client.close()

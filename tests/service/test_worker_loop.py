@@ -1,0 +1,155 @@
+"""A worker's loop, turn by turn in this process and over a real Redis: what it hears, and what it does about it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.engine.host import Hosts, load_host
+from service.metrics import WorkerMetrics
+from service.queue import keys
+from service.queue.connection import async_redis, blocking_redis
+from service.queue.job import JobRecord, JobRequest, JobState, QueueLimits
+from service.queue.job_queue import JobQueue
+from service.queue.worker_queue import WorkerQueue
+from service.worker import Worker
+from tests.processes import wait_until
+from tests.tiny import write_tiny_export
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LIMITS = QueueLimits(lease_ms=600_000)
+
+
+@pytest.fixture
+def worker(redis_url: str, tmp_path: Path) -> Iterator[Worker]:
+    """One that serves the tiny model, with none of its threads but the courier."""
+    import torch
+
+    write_tiny_export(tmp_path / "models")
+
+    def load(folder: Any) -> Any:
+        return load_host(
+            folder, device=torch.device("cpu"), dtype=torch.float32, num_slots=4, max_cached_tokens=1_024, kernels="off"
+        )
+
+    client = blocking_redis(redis_url)
+    hosts = Hosts(tmp_path / "models", load, poll_s=60)
+    queue = WorkerQueue(client, worker_id="worker", limits=LIMITS)
+    worker = Worker(queue, hosts, WorkerMetrics(), shutdown_grace_s=60)
+    hosts.refresh()
+    worker.turn()
+    yield worker
+    worker.publisher.close()
+    client.close()
+
+
+def on_api(redis_url: str, ask: Callable[[JobQueue], Any]) -> Any:
+    """Let an API process' side of the queue do something."""
+
+    async def run() -> Any:
+        redis = async_redis(redis_url)
+        try:
+            return await ask(JobQueue(redis, limits=LIMITS))
+        finally:
+            await redis.aclose()
+
+    return asyncio.run(run())
+
+
+def tiny_request(**values: Any) -> JobRequest:
+    """A job that goes on for some steps."""
+    defaults: dict[str, Any] = {
+        "model": "tiny",
+        "prompt_ids": (5, 6, 7),
+        "max_new_tokens": 60,
+        "sampling": {"temperature": 1.0, "seed": 3},
+        "options": {"ignore_eos": True},
+    }
+    return JobRequest(**{**defaults, **values})
+
+
+def admit(redis_url: str, **values: Any) -> str:
+    admission = on_api(redis_url, lambda queue: queue.admit(tiny_request(**values), timeout_s=600))
+    return str(admission.id)
+
+
+def read(redis_url: str, job_id: str) -> JobRecord:
+    record = on_api(redis_url, lambda queue: queue.get(job_id))
+    assert isinstance(record, JobRecord)
+    return record
+
+
+def work_until_it_ends(worker: Worker, redis_url: str, job_id: str) -> JobRecord:
+    def is_over() -> bool:
+        worker.turn()
+        return read(redis_url, job_id).state.is_final
+
+    wait_until(is_over, "the job's end")
+    return read(redis_url, job_id)
+
+
+def attempt_in_hand(worker: Worker, job_id: str) -> int | None:
+    running = worker.running.get(job_id)
+    return None if running is None else running.job.attempt
+
+
+def lose_lease(worker: Worker, job_id: str) -> None:
+    worker.queue._client.zadd(keys.LEASES + "tiny", {job_id: 1})
+
+
+def test_a_late_refusal_of_an_old_attempt_leaves_the_new_one_alone(worker: Worker, redis_url: str) -> None:
+    """The worker lost the job for a moment and took it again while tokens of the first attempt were on their way."""
+    undisturbed = work_until_it_ends(worker, redis_url, admit(redis_url))
+    job_id = admit(redis_url)
+    may_go = threading.Event()
+    worker.publisher._courier.submit(may_go.wait)  # as a Redis that answers the courier last
+    worker.turn()
+    assert attempt_in_hand(worker, job_id) == 1
+    lose_lease(worker, job_id)
+    worker.turn()
+    assert attempt_in_hand(worker, job_id) == 2
+    may_go.set()
+    worker.exchange(wait_s=60)  # hears the refusal, and sends what there is
+    assert attempt_in_hand(worker, job_id) == 2
+    record = work_until_it_ends(worker, redis_url, job_id)
+    assert record.state is JobState.SUCCEEDED and record.completion == undisturbed.completion
+
+
+def test_what_an_empty_redis_refused_does_not_harm_the_job_admitted_again(worker: Worker, redis_url: str) -> None:
+    """Attempts begin anew there, so the number alone does not tell one lease from the other."""
+
+    async def lose_and_restore(queue: JobQueue) -> str:
+        admission = await queue.admit(tiny_request(), timeout_s=600, cancel_on_disconnect=True)
+        worker.turn()
+        old = worker.running[admission.id].job
+        worker.queue._client.flushdb()
+        worker.heartbeat.beat()  # is refused
+        worker.heartbeat.announce()
+        assert await queue.restore(admission.id)
+        worker.ask_redis()
+        new = worker.running[admission.id].job
+        assert new is not old and new.attempt == old.attempt == 1
+        return admission.id
+
+    job_id = on_api(redis_url, lose_and_restore)
+    worker.turn()
+    assert attempt_in_hand(worker, job_id) == 1
+    assert work_until_it_ends(worker, redis_url, job_id).state is JobState.SUCCEEDED
+
+
+def test_a_job_that_another_worker_has_is_dropped_before_new_ones_are_taken(worker: Worker, redis_url: str) -> None:
+    job_id = admit(redis_url)
+    worker.turn()
+    thief = WorkerQueue(worker.queue._client, worker_id="thief", limits=LIMITS)
+    lose_lease(worker, job_id)
+    [stolen] = thief.next("tiny", worker.hosts.current["tiny"].revision, num_slots=1, num_tokens=1_000)
+    worker.heartbeat.beat()
+    others = [admit(redis_url) for _ in range(4)]
+    worker.turn()
+    assert stolen.attempt == 2 and set(worker.running) == set(others)
