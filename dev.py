@@ -33,7 +33,8 @@ from shared.catalog import list_model_folders
 from shared.errors import ConfigError, SmolLMError
 
 STATE = Path(".smollm")
-STOP_GRACE_S = 10.0
+STOP_MARGIN_S = 5.0
+"""How much longer than the grace of their answers processes have to end."""
 READY_TIMEOUT_S = 120.0
 RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 5.0)
 """A process that dies is started again after these waits; one that lives a minute starts over at the first."""
@@ -60,8 +61,10 @@ class Part:
 class Stack:
     """The processes of `up`: started, watched, stopped together."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self, environment: dict[str, str], *, stop_grace_s: float) -> None:
+        """What has not ended `stop_grace_s` after it was told to is killed."""
         self._environment = environment
+        self._stop_grace_s = stop_grace_s
         self._parts: list[Part] = []
         self._stopping = threading.Event()
 
@@ -126,12 +129,12 @@ class Stack:
         for part in reversed(self._parts):
             if part.process.poll() is None:
                 part.process.terminate()
-        deadline = time.monotonic() + STOP_GRACE_S
+        deadline = time.monotonic() + self._stop_grace_s
         for part in reversed(self._parts):
             try:
                 part.process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                say(f"{part.name} did not stop within {STOP_GRACE_S:g} s and is killed")
+                say(f"{part.name} did not stop within {self._stop_grace_s:g} s and is killed")
                 part.process.kill()
                 part.process.wait()
 
@@ -178,7 +181,7 @@ def up(settings: Settings, page: PageSettings, *, demo: bool = False) -> int:
         api_url = f"http://127.0.0.1:{settings.api_port}"
         people = {"SMOLLM_API_URL": api_url, "SMOLLM_LOG_FORMAT": "text"}
         environment = {**people, **os.environ, "SMOLLM_REDIS_URL": redis.url, "PYTHONUNBUFFERED": "1"}
-        stack = Stack(environment)
+        stack = Stack(environment, stop_grace_s=settings.shutdown_grace_s + STOP_MARGIN_S)
 
         def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
             say("stopping")
@@ -316,8 +319,8 @@ def down(settings: Settings) -> int:
     except (OSError, ValueError):
         say(f"no stack runs on API_PORT {settings.api_port}")
         return 0
-    say(f"stopping: answers that are being written have up to {STOP_GRACE_S:g} s")
-    deadline = time.monotonic() + STOP_GRACE_S + 5
+    say(f"stopping: answers that are being written have up to {settings.shutdown_grace_s:g} s")
+    deadline = time.monotonic() + settings.shutdown_grace_s + 2 * STOP_MARGIN_S
     while path.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     say("stopped" if not path.exists() else f"process {pid} did not stop yet")

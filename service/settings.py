@@ -10,7 +10,11 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.api_keys import ApiKey, parse_list
+from service.queue.job import QueueLimits
 from shared.errors import ConfigError
+
+MAX_S = 30 * 24 * 3_600
+"""No span of time is longer than a month: every key in Redis lives as long as its job may."""
 
 
 class Settings(BaseSettings):
@@ -26,7 +30,7 @@ class Settings(BaseSettings):
 
     # The API process
     api_host: str = Field("127.0.0.1", description="address the API listens on")
-    api_port: int = Field(8000, description="port the API listens on", validation_alias="API_PORT")
+    api_port: int = Field(8000, ge=1, le=65_535, description="port the API listens on", validation_alias="API_PORT")
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = Field(
         (),
         description="comma-separated keys or sha256:HASH of keys; a request must carry one as `Authorization: Bearer`; "
@@ -36,31 +40,37 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="comma-separated origins whose pages may call the API from a browser; empty: none; * is any"
     )
-    max_body_bytes: int = Field(1_000_000, description="larger request bodies are refused with 413")
+    max_body_bytes: int = Field(1_000_000, ge=1_000, description="larger request bodies are refused with 413")
 
     # Limits of the queue
-    max_queued_jobs: int = Field(256, description="waiting jobs of one model; more are refused with 429")
-    max_queued_tokens: int = Field(400_000, description="waiting cost of one model: prompt + max_new_tokens, summed")
-    max_timeout_s: float = Field(3_600.0, description="largest timeout_s a request may ask for")
-    result_ttl_s: int = Field(600, description="how long a finished job can be read")
-    lease_ms: int = Field(4_000, description="a worker silent for this long loses its jobs to another")
-    max_attempts: int = Field(3, description="a job that loses this many workers is failed")
+    max_queued_jobs: int = Field(256, ge=1, description="waiting jobs of one model; more are refused with 429")
+    max_queued_tokens: int = Field(
+        400_000, ge=2, description="waiting cost of one model: prompt + max_new_tokens, summed"
+    )
+    max_timeout_s: float = Field(3_600.0, ge=1, le=MAX_S, description="largest timeout_s a request may ask for")
+    result_ttl_s: int = Field(600, ge=1, le=MAX_S, description="how long a finished job can be read")
+    lease_ms: int = Field(
+        4_000, ge=200, le=1000 * MAX_S, description="a worker silent for this long loses its jobs to another"
+    )
+    max_attempts: int = Field(3, ge=1, description="a job that loses this many workers is failed")
 
     # The worker process
     num_workers: int = Field(1, ge=1, description="worker processes that `make up` starts")
-    num_slots: int = Field(32, description="sequences one model decodes at a time")
-    max_cached_tokens: int = Field(16_384, description="tokens of all sequences of one model together")
+    num_slots: int = Field(32, ge=1, description="sequences one model decodes at a time")
+    max_cached_tokens: int = Field(16_384, ge=2, description="tokens of all sequences of one model together")
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="arithmetic of the model")
     weights: Literal["dtype", "int8"] = Field("dtype", description="int8: half the memory and half the time of 16 bits")
     kernels: str = Field("auto", description="compiled network for CPUs: auto, off, or a level such as avx512_bf16")
-    num_threads: int = Field(0, description="CPU threads; 0: the CPU quota or affinity, whichever is smaller")
+    num_threads: int = Field(0, ge=0, description="CPU threads; 0: the CPU quota or affinity, whichever is smaller")
     speculation: Literal["auto", "off"] = Field(
         "auto", description="auto: guess tokens ahead where the measured pace says it pays; changes no token"
     )
     share_prefixes: bool = Field(True, description="prompts that begin alike are computed once")
-    shutdown_grace_s: float = Field(5.0, description="after SIGTERM: finish what ends by then, hand over the rest")
-    model_poll_s: float = Field(2.0, description="how often models_dir is looked at for new exports")
+    shutdown_grace_s: float = Field(
+        5.0, ge=0, le=MAX_S, description="after SIGTERM: finish what ends by then, hand over the rest"
+    )
+    model_poll_s: float = Field(2.0, ge=0.05, le=MAX_S, description="how often models_dir is looked at for new exports")
 
     worker_metrics_port: int = Field(0, ge=0, le=65_535, description="port of a worker's own /metrics; 0: none")
 
@@ -72,6 +82,11 @@ class Settings(BaseSettings):
         validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
     )
     log_prompts: bool = Field(False, description="write prompts and completions to the log")
+
+    @property
+    def queue_limits(self) -> QueueLimits:
+        """The limits as the queue takes them: its fields are settings of the same names."""
+        return QueueLimits(**{name: getattr(self, name) for name in QueueLimits.__dataclass_fields__})
 
     @property
     def may_use_kernels(self) -> bool:

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.25
 """How long an idle worker sleeps at most before it looks for new models, lost workers' jobs, and SIGTERM."""
+LAST_WORDS_S = 1.0
+"""How long a worker that is done tries to tell Redis what it still has to say."""
 ANY_COST = 2**31
 SLOTS_PER_SPARE = 32
 """One slot of so many is not for an API key that has more than half of what runs: others begin at once."""
@@ -69,12 +71,25 @@ class Worker:
         self.heartbeat = Heartbeat(
             queue, lease_s=queue.limits.lease_ms / 1000, jobs=self.leased_jobs, describe=self.describe
         )
-        self.is_stopping = False
+        self.stopping_since_s: float | None = None
         self.must_announce = False
 
     def stop(self) -> None:
-        """Ask the loop to end; safe in a signal handler."""
-        self.is_stopping = True
+        """Ask the loop to end; asked again, it gives everything back at once. Safe in a signal handler."""
+        if self.is_stopping:
+            self.shutdown_grace_s = 0.0
+        else:
+            self.stopping_since_s = time.monotonic()
+
+    @property
+    def is_stopping(self) -> bool:
+        return self.stopping_since_s is not None
+
+    @property
+    def grace_left_s(self) -> float:
+        """Seconds in which jobs in hand may still end by themselves."""
+        since_s = time.monotonic() if self.stopping_since_s is None else self.stopping_since_s
+        return max(0.0, since_s + self.shutdown_grace_s - time.monotonic())
 
     def run(self) -> None:
         """Work until stopped."""
@@ -255,14 +270,14 @@ class Worker:
 
     def drain(self) -> None:
         """Let end what can within the grace time; hand over the rest, which goes on elsewhere at the same token."""
-        end_s = time.monotonic() + self.shutdown_grace_s
-        log.info("stopping: %d jobs are running, %.1f s to end them", len(self.running), self.shutdown_grace_s)
+        log.info("stopping: %d jobs are running, %.1f s to end them", len(self.running), self.grace_left_s)
         self.must_announce = True
-        self.hand_over([running for running in self.running.values() if not self.ends_within(running, end_s)])
-        while self.running and time.monotonic() < end_s:
+        self.hand_over([running for running in self.running.values() if not self.ends_in_time(running)])
+        while self.running and self.grace_left_s > 0:  # asked again to stop, none is left
             self.turn()
         self.hand_over(list(self.running.values()))
-        while self.publisher.has_undelivered and time.monotonic() < end_s + 1.0:
+        give_up_at_s = time.monotonic() + LAST_WORDS_S
+        while self.publisher.has_undelivered and time.monotonic() < give_up_at_s:
             self.exchange(wait_s=0.02)
             time.sleep(0.005)
         try:
@@ -270,14 +285,14 @@ class Worker:
         except NotReady as error:
             log.warning("%s", error)
 
-    def ends_within(self, running: Running, end_s: float) -> bool:
-        """Whether a job can draw all its tokens by then at the engine's usual pace."""
+    def ends_in_time(self, running: Running) -> bool:
+        """Whether a job can draw all its tokens within the grace at the engine's usual pace."""
         statistics, sequence = running.host.engine.statistics, running.host.engine.sequences.get(running.job.id)
         if sequence is None:
             return True
         step_s = statistics.busy_s / max(1, statistics.num_steps)
         num_left = sequence.max_new_tokens - len(sequence.completion_ids)
-        return time.monotonic() + num_left * step_s < end_s
+        return num_left * step_s < self.grace_left_s
 
     def hand_over(self, handed: list[Running]) -> None:
         """Give jobs back to the queue, to be taken at once by whoever asks next."""

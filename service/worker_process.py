@@ -15,12 +15,11 @@ import redis
 import torch
 
 from service.engine.host import Hosts, load_host
-from service.engine.network import choose_serving_dtype
+from service.engine.network import check_kernels, choose_serving_dtype
 from service.errors import NotReady
 from service.heartbeat import RETRY_S
 from service.metrics import WorkerMetrics, serve_metrics
 from service.queue.connection import blocking_redis, check_server
-from service.queue.job import QueueLimits
 from service.queue.worker_queue import WorkerQueue
 from service.settings import Settings
 from service.tracing import open_tracer
@@ -37,6 +36,8 @@ def run_worker(settings: Settings) -> None:
         ConfigError: a setting that cannot work on this machine, or a Redis that cannot hold the queue.
     """
     device = choose_device(settings.device)
+    if device.value.type == "cpu":
+        check_kernels(settings.kernels)
     dtype = choose_serving_dtype(device.value, settings.dtype, kernels=settings.kernels)
     threads = choose_num_threads(settings.num_threads)
     torch.set_num_threads(threads.value)
@@ -44,13 +45,6 @@ def run_worker(settings: Settings) -> None:
     log.info("%d threads: %s", threads.value, threads.reason)
     client = blocking_redis(settings.redis_url.get_secret_value())
     tracer = open_tracer("worker", settings.otlp_endpoint)
-    limits = QueueLimits(
-        max_queued_jobs=settings.max_queued_jobs,
-        max_queued_tokens=settings.max_queued_tokens,
-        result_ttl_s=settings.result_ttl_s,
-        lease_ms=settings.lease_ms,
-        max_attempts=settings.max_attempts,
-    )
     load = functools.partial(
         load_host,
         device=device.value,
@@ -62,8 +56,9 @@ def run_worker(settings: Settings) -> None:
         speculate=settings.speculation == "auto",
         share_prefixes=settings.share_prefixes,
     )
+    worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     worker = Worker(
-        WorkerQueue(client, worker_id=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}", limits=limits),
+        WorkerQueue(client, worker_id=worker_id, limits=settings.queue_limits),
         Hosts(settings.models_dir, load, poll_s=settings.model_poll_s),
         WorkerMetrics(),
         shutdown_grace_s=settings.shutdown_grace_s,
@@ -71,8 +66,6 @@ def run_worker(settings: Settings) -> None:
     )
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        if worker.is_stopping:  # asked twice: give everything back at once
-            worker.shutdown_grace_s = 0.0
         worker.stop()
 
     for number in (signal.SIGTERM, signal.SIGINT):

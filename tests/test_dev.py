@@ -105,7 +105,7 @@ def test_two_stacks_answer_side_by_side_and_stop_without_a_trace(stacks: list[Up
     assert second.generate()
     down = second.run("down")
     assert down.returncode == 0
-    assert re.fullmatch(r"stopping: answers .* have up to 10 s\nstopped\n", down.stdout)
+    assert re.fullmatch(r"stopping: answers .* have up to 5 s\nstopped\n", down.stdout)
     assert second.process.wait(PATIENCE_S) == 0
 
 

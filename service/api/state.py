@@ -15,7 +15,7 @@ from service.api_keys import KeyRing
 from service.errors import NotReady
 from service.metrics import ApiMetrics, StopWatch
 from service.queue.connection import async_redis
-from service.queue.job import JobRecord, QueueLimits
+from service.queue.job import JobRecord
 from service.queue.job_queue import JITTER, JobQueue
 from service.queue.streams import TokenStreams
 from service.settings import Settings
@@ -37,13 +37,7 @@ class ApiState:
         """Raises `ConfigError` for keys or an exporter that cannot be."""
         self.settings = settings
         self.key_ring = KeyRing(settings.api_keys, settings.api_keys_file)
-        self.limits = QueueLimits(
-            max_queued_jobs=settings.max_queued_jobs,
-            max_queued_tokens=settings.max_queued_tokens,
-            result_ttl_s=settings.result_ttl_s,
-            lease_ms=settings.lease_ms,
-            max_attempts=settings.max_attempts,
-        )
+        self.limits = settings.queue_limits
         self.client = async_redis(settings.redis_url.get_secret_value())
         self.queue = JobQueue(self.client, limits=self.limits)
         self.streams = TokenStreams(self.client, queue=self.queue)

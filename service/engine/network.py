@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from service.engine.attention import StepAttention
-from service.engine.kernels.build import KernelsUnavailable
+from service.engine.kernels.build import KernelsUnavailable, usable_levels
 from service.engine.kernels.decoder import CompiledDecoder, knows_shape
 from service.engine.kernels.library import Library, load_library
 from service.engine.kv_cache import KVCache, Span
@@ -77,6 +77,23 @@ def choose_serving_dtype(device: torch.device, requested: str, *, kernels: str =
     except KernelsUnavailable as error:
         return Choice(choice.value, f"{choice.reason}, and {error}")
     return Choice(torch.bfloat16, f"{choice.reason}, but the compiled kernels for {library.level} compute in it")
+
+
+def check_kernels(kernels: str) -> None:
+    """Refuse a level asked for by name that is not to be had: who names one wants no other network.
+
+    Raises:
+        ConfigError: it says which there are.
+    """
+    if kernels in ("auto", "off"):
+        return
+    usable = [level.name for level in usable_levels()]
+    if kernels not in usable:
+        raise ConfigError(f"kernels is {kernels!r}, but this CPU has no such level; use auto, off, {', '.join(usable)}")
+    try:
+        load_library(kernels)
+    except KernelsUnavailable as error:
+        raise ConfigError(f"kernels is {kernels!r}, but {error}; use auto or off") from error
 
 
 def load_allowed(kernels: str) -> Library:

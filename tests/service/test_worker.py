@@ -61,15 +61,15 @@ def expected_ids(asked: JobRequest, model: SmolLM2, end_token_ids: tuple[int, ..
     )
 
 
-def write_long_export(models_dir: Path, *, seed: int = 3) -> None:
-    model = SmolLM2(LONG)
+def write_long_export(models_dir: Path, *, seed: int = 3, num_hidden_layers: int = LONG.num_hidden_layers) -> None:
+    model = SmolLM2(dataclasses.replace(LONG, num_hidden_layers=num_hidden_layers))
     model.initialize(seed)
     write_export(models_dir / "long", model.eval(), tiny_tokenizer(), trained_length=64)
 
 
 def long_request(**values: Any) -> JobRequest:
     sampling = {"temperature": 1.0, "seed": 7, "frequency_penalty": 0.2}
-    return request(model="long", sampling=sampling, max_new_tokens=400, **values)
+    return request(**{"model": "long", "sampling": sampling, "max_new_tokens": 400, **values})
 
 
 async def test_answers_are_the_plain_loops(redis_url: str, start_worker: StartWorker, tmp_path: Path) -> None:
@@ -203,6 +203,24 @@ async def test_streams_survive_kill_and_hand_over(redis_url: str, start_worker: 
         for job_id in job_ids:
             record = await client.result(job_id)
             assert record.completion == undisturbed.completion and record.finish == undisturbed.finish
+
+
+async def test_told_twice_to_stop_it_gives_back_at_once(
+    redis_url: str, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    """Also when it is ending, within a long grace, what it has."""
+    write_long_export(tmp_path / "models", num_hidden_layers=32)
+    worker = start_worker(shutdown_grace_s=3_600)
+    async with connect(redis_url) as client:
+        await client.wait_for_workers(1, "long")
+        job_id = await client.admit(long_request(max_new_tokens=2_000, options={"ignore_eos": True}))
+        await client.until(job_id, lambda it: len(it.completion.token_ids) > 5)
+        worker.process.send_signal(signal.SIGTERM)
+        await wait_for(lambda: says(worker, "stopping: 1 jobs are running"))
+        drawn = len((await client.get(job_id)).completion.token_ids)
+        await client.until(job_id, lambda it: len(it.completion.token_ids) > drawn + 5)  # it does go on
+        assert worker.terminate() == 0
+        assert (await client.get(job_id)).state is JobState.RUNNING and "handed over 1 jobs" in worker.log
 
 
 async def test_a_prompt_s_scores_survive_kill_and_hand_over(

@@ -1,0 +1,68 @@
+"""A setting that cannot work is one sentence and exit code 2 at the start, not a fault later."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.queue.job import QueueLimits
+from service.settings import Settings, get_settings
+from shared.errors import ConfigError
+from tests.processes import ROOT
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("API_PORT", "0"),
+        ("SMOLLM_MAX_BODY_BYTES", "0"),
+        ("SMOLLM_MAX_QUEUED_JOBS", "0"),
+        ("SMOLLM_MAX_QUEUED_TOKENS", "1"),
+        ("SMOLLM_MAX_TIMEOUT_S", "0"),
+        ("SMOLLM_RESULT_TTL_S", "0"),
+        ("SMOLLM_LEASE_MS", "0"),
+        ("SMOLLM_MAX_ATTEMPTS", "0"),
+        ("SMOLLM_NUM_WORKERS", "0"),
+        ("SMOLLM_NUM_SLOTS", "0"),
+        ("SMOLLM_MAX_CACHED_TOKENS", "1"),
+        ("SMOLLM_NUM_THREADS", "-1"),
+        ("SMOLLM_SHUTDOWN_GRACE_S", "inf"),
+        ("SMOLLM_MODEL_POLL_S", "0"),
+        ("SMOLLM_WORKER_METRICS_PORT", "70000"),
+    ],
+)
+def test_a_number_out_of_bounds_is_named_with_its_bound(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, value)
+    get_settings.cache_clear()
+    with pytest.raises(ConfigError, match=rf"The setting {name} is '{value}': Input should be .*\d|finite"):
+        get_settings()
+
+
+def test_every_number_has_bounds() -> None:
+    unbounded = {
+        name for name, field in Settings.model_fields.items() if field.annotation in (int, float) and not field.metadata
+    }
+    assert not unbounded
+
+
+def test_the_queue_s_limits_are_the_settings() -> None:
+    assert Settings(max_attempts=5, lease_ms=700).queue_limits == QueueLimits(max_attempts=5, lease_ms=700)
+
+
+@pytest.mark.parametrize("kernels", ["avx512bf16", "nonesuch"])
+def test_a_level_of_kernels_that_is_not_there_ends_the_start(kernels: str, tmp_path: Path) -> None:
+    """A slip of the pen in its name must not mean PyTorch, several times as slow."""
+    environment = {**os.environ, "SMOLLM_KERNELS": kernels, "SMOLLM_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "service", "worker"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == ConfigError.exit_code
+    assert f"kernels is {kernels!r}, but this CPU has no such level; use auto, off, " in ended.stderr
