@@ -91,31 +91,70 @@ def blocking_redis(url: str) -> redis.Redis:
     return redis.Redis.from_pool(pool)
 
 
+REFUSALS = {
+    "MISCONF": "cannot save what it is told, as with a full disk",
+    "NOREPLICAS": "has fewer replicas than it must have to take writes",
+    "BUSY": "runs a script that does not end",
+    "MASTERDOWN": "is a replica without its master",
+    "CLUSTERDOWN": "belongs to a cluster that is down",
+    "NOAUTH": "asks for a password",
+    "WRONGPASS": "does not know this user and password any more",
+    "NOPERM": "does not allow its user what the queue does",
+}
+"""What a server that answers, but does not work, says first. Like an absence it ends by itself or by an operator."""
+
+
 @contextmanager
 def redis_errors_as_not_ready() -> Iterator[None]:
-    """Turn what only an operator can mend (Redis away, loading, read-only, out of memory) into `NotReady`."""
+    """Turn what only an operator can mend (Redis away, loading, read-only, full, refusing) into `NotReady`."""
     try:
         yield
-    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-        raise NotReady(
-            f"The queue's Redis does not answer ({type(error).__name__}); try again in {RETRY_AFTER_OUTAGE_S:g} s.",
-            code="redis_unavailable",
-            retry_after_s=RETRY_AFTER_OUTAGE_S,
-        ) from error
-    except redis.exceptions.ResponseError as error:
-        if isinstance(error, redis.exceptions.OutOfMemoryError) or str(error).startswith("OOM"):
+    except redis.exceptions.RedisError as error:
+        code = code_of(error)
+        if code == "OOM":
             raise NotReady(
                 "The queue's Redis is out of memory and takes no new jobs; try again later.",
                 code="redis_out_of_memory",
                 retry_after_s=10.0,
             ) from error
-        if isinstance(error, redis.exceptions.ReadOnlyError):
+        if code == "READONLY":
             raise NotReady(
                 "The queue's Redis is a read-only replica at the moment; try again in a few seconds.",
                 code="redis_read_only",
                 retry_after_s=RETRY_AFTER_OUTAGE_S,
             ) from error
+        if code in REFUSALS:
+            raise NotReady(
+                f"The queue's Redis {REFUSALS[code]} ({code}); try again in {RETRY_AFTER_OUTAGE_S:g} s.",
+                code="redis_refuses",
+                retry_after_s=RETRY_AFTER_OUTAGE_S,
+            ) from error
+        if isinstance(error, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
+            raise NotReady(
+                f"The queue's Redis does not answer ({type(error).__name__}); try again in {RETRY_AFTER_OUTAGE_S:g} s.",
+                code="redis_unavailable",
+                retry_after_s=RETRY_AFTER_OUTAGE_S,
+            ) from error
         raise
+
+
+def code_of(error: redis.exceptions.RedisError) -> str:
+    """Return the first word of the server's own answer; redis-py takes it off where it knows it."""
+    return error.status_code or str(error).split(" ", maxsplit=1)[0]
+
+
+@contextmanager
+def no_access_is_config_error() -> Iterator[None]:
+    """At the start, before `redis_errors_as_not_ready`: waiting mends neither a wrong password nor missing rights."""
+    try:
+        yield
+    except (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+        what = "asks for another user and password"
+        if isinstance(error, redis.exceptions.NoPermissionError):
+            what = f"says that this user may not do what the queue does ({error})"
+        raise ConfigError(
+            f"The queue's Redis {what}; set SMOLLM_REDIS_URL to redis://user:password@host:port/0."
+        ) from None
 
 
 @asynccontextmanager
@@ -130,15 +169,14 @@ async def answer_in_time() -> AsyncIterator[None]:
 
 
 def check_server(client: redis.Redis) -> str:
-    """Return the server's name and version; `ConfigError` if it cannot hold the queue, `NotReady` if it is away."""
-    with redis_errors_as_not_ready():
+    """Return the server's name and version.
+
+    Raises:
+        ConfigError: it cannot hold the queue, or lets nobody in with this URL.
+        NotReady: it is away.
+    """
+    with redis_errors_as_not_ready(), no_access_is_config_error():
         return describe_server(dict(client.info("server")), dict(client.info("memory")))
-
-
-async def check_server_async(client: redis.asyncio.Redis) -> str:
-    """As `check_server`, for the API process."""
-    async with answer_in_time():
-        return describe_server(dict(await client.info("server")), dict(await client.info("memory")))
 
 
 def describe_server(server: dict[str, Any], memory: dict[str, Any]) -> str:

@@ -163,6 +163,28 @@ async def test_redis_down(cluster: Cluster) -> None:
     await disturbed(cluster, take_away)
 
 
+async def test_redis_refuses_to_write(cluster: Cluster) -> None:
+    """As with a full disk or too few replicas: 503, no process ends, and all goes on when it takes writes again."""
+    processes = [*cluster.apis.values(), *cluster.workers]
+
+    async def refuse(told: list[Told]) -> None:
+        cluster.client.config_set("min-replicas-to-write", "1")
+        try:
+            for worker in cluster.workers:
+                await until(lambda worker=worker: "(NOREPLICAS)" in worker.log, "the worker to notice")  # type: ignore[misc]
+            for url in cluster.apis:
+                answer = await ask(url, "POST", "/generate", SAMPLED)
+                assert answer.status == 503 and answer.json()["error"]["code"] == "redis_refuses"
+                assert answer.retry_after_s
+        finally:
+            cluster.client.config_set("min-replicas-to-write", "0")
+
+    await disturbed(cluster, refuse)
+    cluster.wait_until_ready()
+    assert processes == [*cluster.apis.values(), *cluster.workers]
+    assert not [process for process in processes if "Traceback" in process.log]
+
+
 async def test_prompt_that_kills_workers(cluster: Cluster) -> None:
     """It is failed when it has lost its third worker, and its neighbours go on."""
     spare = [cluster.start_worker() for _ in range(2)]

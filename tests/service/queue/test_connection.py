@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
@@ -15,14 +17,14 @@ from service.queue.connection import (
     async_redis,
     blocking_redis,
     check_server,
-    check_server_async,
     describe_server,
 )
 from service.queue.job_queue import JobQueue
+from service.queue.local_server import start_redis
 from service.queue.scripts import source
 from service.queue.worker_queue import WorkerQueue
 from shared.errors import ConfigError
-from tests.service.queue.conftest import LIMITS, request
+from tests.service.queue.conftest import LIMITS, MODEL, REVISION, chunk, request, wait_until_async, worker_info
 
 
 @pytest.fixture
@@ -71,8 +73,6 @@ async def test_absent_redis_is_not_ready_within_a_tenth_of_a_second(dead_url: st
     assert time.monotonic() - start < 0.1
     assert refusal.value.code_name == "redis_unavailable"
     assert refusal.value.retry_after_s
-    with pytest.raises(NotReady):
-        await check_server_async(api)
     await api.aclose()
     with blocking_redis(dead_url) as client, pytest.raises(NotReady):
         WorkerQueue(client, worker_id="w", limits=LIMITS).wait_for_work(0.1)
@@ -92,8 +92,6 @@ async def test_silent_redis_is_not_ready_within_the_time_out(monkeypatch: pytest
 
 @pytest.mark.anyio
 async def test_full_memory_refuses_new_jobs_and_serves_accepted_ones(redis_url: str, client: redis.Redis) -> None:
-    from tests.service.queue.conftest import MODEL, REVISION, chunk, worker_info
-
     api = async_redis(redis_url)
     queue = JobQueue(api, limits=LIMITS)
     worker = WorkerQueue(client, worker_id="w", limits=LIMITS)
@@ -109,6 +107,71 @@ async def test_full_memory_refuses_new_jobs_and_serves_accepted_ones(redis_url: 
     finally:
         client.config_set("maxmemory", "0")
     await api.aclose()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("code", ["NOREPLICAS", "NOPERM"])
+async def test_a_redis_that_refuses_to_work_is_not_ready_on_both_sides(
+    code: str, redis_url: str, client: redis.Redis
+) -> None:
+    """Whatever only its operator can mend: the API answers 503, and a worker waits for it."""
+    user = redis_url
+    if code == "NOPERM":
+        client.acl_setuser(
+            "guest", enabled=True, passwords=["+word"], categories=["+@read"], keys=["*"], channels=["*"]
+        )
+        user = redis_url.replace("://", "://guest:word@")
+    else:
+        client.config_set("min-replicas-to-write", "1")
+    api, worker_client = async_redis(user), blocking_redis(user)
+    worker = WorkerQueue(worker_client, worker_id="w", limits=LIMITS)
+    try:
+        for refusal in (
+            await refusal_of(JobQueue(api, limits=LIMITS).admit(request(), timeout_s=30)),
+            await refusal_of(asyncio.to_thread(worker.announce, worker_info("w"))),
+            await refusal_of(asyncio.to_thread(worker.wait_for_work, 0.01)),
+        ):
+            assert refusal.code_name == "redis_refuses" and code in str(refusal) and refusal.retry_after_s
+    finally:
+        client.config_set("min-replicas-to-write", "0")
+        client.acl_deluser("guest")
+        worker_client.close()
+        await api.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_redis_that_cannot_save_is_not_ready(tmp_path: Path) -> None:
+    """As with a full disk: it goes on reading and refuses to write."""
+    with start_redis(directory=tmp_path) as server, blocking_redis(server.url) as client:
+        (tmp_path / "dump.rdb").mkdir()  # no file can take its place
+        client.config_set("save", "3600 1")
+        client.set("{smollm}:anything", 1)
+        client.bgsave()
+        api = async_redis(server.url)
+        await wait_until_async(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+        refusal = await refusal_of(JobQueue(api, limits=LIMITS).admit(request(), timeout_s=30))
+        client.config_set("save", "")  # else it does not end either
+        assert refusal.code_name == "redis_refuses" and "MISCONF" in str(refusal)
+        await api.aclose()
+
+
+def test_a_wrong_password_and_missing_rights_are_told_at_the_start(redis_url: str, client: redis.Redis) -> None:
+    """Waiting does not mend them."""
+    client.acl_setuser("guest", enabled=True, passwords=["+w0rd"], commands=["+get"], keys=["*"])
+    try:
+        for password, words in (("s3cret", "another user"), ("w0rd", "may not")):
+            guest = redis_url.replace("://", f"://guest:{password}@")
+            with blocking_redis(guest) as stranger, pytest.raises(ConfigError, match=words) as error:
+                check_server(stranger)
+            assert password not in str(error.value)
+    finally:
+        client.acl_deluser("guest")
+
+
+async def refusal_of(call: Awaitable[object]) -> NotReady:
+    with pytest.raises(NotReady) as refusal:
+        await call
+    return refusal.value
 
 
 def test_scripts_survive_a_forgotten_cache(client: redis.Redis) -> None:
