@@ -1,12 +1,14 @@
-"""/runs: what training runs wrote, for the page that shows them. Reads files that a trainer may be writing."""
+"""/runs: what training runs wrote, for the page that shows them.
+
+All of it is done beside the event loop: a run may have 100,000 rows, and streams of others are to go on meanwhile.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import json
 import math
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +19,8 @@ from starlette.responses import Response
 from service.api.answers import RowsAnswer, RunsAnswer
 from service.api.caller import identify
 from service.api.documentation import errors
-from service.api.errors import JsonResponse, shorten
+from service.api.errors import JsonResponse, shorten, to_json
+from service.api.json_lines import Row, last_rows_of, rows_of
 from service.api.state import state_of
 from service.errors import NotFound
 
@@ -25,7 +28,6 @@ router = APIRouter(prefix="/runs", tags=["runs"], dependencies=[Depends(identify
 
 MAX_ROWS = 2_000
 MOST_ROWS = 100_000
-Row = dict[str, Any]
 MaxRows = Annotated[int, Query(ge=1, le=MOST_ROWS, description="thinned out evenly to this many")]
 AfterStep = Annotated[int, Query(ge=-1, le=2**53, description="only rows of later steps")]
 
@@ -36,7 +38,7 @@ async def find_run(request: Request, name: str) -> Path:
     Raises:
         NotFound: there is no such run.
     """
-    folders = list_folders(state_of(request).settings.runs_dir)
+    folders = await asyncio.to_thread(list_folders, state_of(request).settings.runs_dir)
     if name not in folders:
         raise NotFound(f"There is no run {shorten(name)}; GET /runs lists them.", param="name", code="run_not_found")
     return folders[name]
@@ -54,9 +56,10 @@ def list_folders(runs_dir: Path) -> dict[str, Path]:
 
 @router.get("", summary="The training runs there are", responses={200: {"model": RunsAnswer}, **errors(401)})
 async def list_runs(request: Request) -> Response:
-    folders = list_folders(state_of(request).settings.runs_dir)
-    runs = await asyncio.to_thread(lambda: [summarise(path) for path in folders.values()])
-    return JsonResponse({"runs": runs})
+    runs_dir = state_of(request).settings.runs_dir
+    return await asyncio.to_thread(
+        lambda: JsonResponse({"runs": [summarise(path) for path in list_folders(runs_dir).values()]})
+    )
 
 
 @router.get(
@@ -65,9 +68,7 @@ async def list_runs(request: Request) -> Response:
 async def read_metrics(folder: RunDep, max_rows: MaxRows = MAX_ROWS, after_step: AfterStep = -1) -> Response:
     """The rows of metrics.jsonl. Where there are more than `max_rows`, training steps are thinned out evenly; the
     last one, evaluations and changes of state stay as long as there is room."""
-    rows = await asyncio.to_thread(read_rows, folder / "metrics.jsonl")
-    rows = [row for row in rows if step_of(row) > after_step]
-    return JsonResponse({"name": folder.name, "num_rows": len(rows), "rows": clean(thin_out(rows, max_rows))})
+    return await asyncio.to_thread(answer, folder, "metrics.jsonl", after_step, lambda rows: thin_out(rows, max_rows))
 
 
 @router.get(
@@ -75,15 +76,20 @@ async def read_metrics(folder: RunDep, max_rows: MaxRows = MAX_ROWS, after_step:
 )
 async def read_samples(folder: RunDep, max_rows: MaxRows = MAX_ROWS, after_step: AfterStep = -1) -> Response:
     """The rows of samples.jsonl, the newest where there are more than `max_rows`."""
-    rows = await asyncio.to_thread(read_rows, folder / "samples.jsonl")
-    rows = [row for row in rows if step_of(row) > after_step]
-    return JsonResponse({"name": folder.name, "num_rows": len(rows), "rows": clean(rows[-max_rows:])})
+    return await asyncio.to_thread(answer, folder, "samples.jsonl", after_step, lambda rows: rows[-max_rows:])
+
+
+def answer(folder: Path, file: str, after_step: int, choose: Callable[[list[Row]], list[Row]]) -> Response:
+    """Write a run's rows out, one after the other: one call for 100,000 of them would let no other thread go on."""
+    rows = [row for row in rows_of(folder / file).look() if step_of(row) > after_step]
+    head = to_json({"name": folder.name, "num_rows": len(rows)}).removesuffix("}")
+    body = ",".join(to_json(clean(row)) for row in choose(rows))
+    return Response(f'{head},"rows":[{body}]}}', media_type="application/json")
 
 
 def summarise(folder: Path) -> Row:
     """Where a run stands, by the last rows of their kinds."""
-    rows = read_rows(folder / "metrics.jsonl")
-    last: dict[str, Row] = {str(row.get("kind")): row for row in rows}
+    last = last_rows_of(folder / "metrics.jsonl").look()
     state, train = last.get("run", {}), last.get("train", {})
     steps = [row["step"] for row in (last.get("train"), last.get("evaluation")) if row and "step" in row]
     try:
@@ -105,32 +111,6 @@ def summarise(folder: Path) -> Row:
     }
     cleaned: Row = clean(summary)
     return cleaned
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the objects of a JSON-lines file; lines that are cut or none of ours are left out."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return []
-    return list(_read_rows(path, stat.st_mtime_ns, stat.st_size))
-
-
-@functools.lru_cache(maxsize=8)
-def _read_rows(path: Path, mtime_ns: int, size: int) -> tuple[Row, ...]:  # noqa: ARG001
-    rows = []
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ()
-    for line in text.split("\n"):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return tuple(rows)
 
 
 def step_of(row: Row) -> float:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx2
 import pytest
 
+from service.api import json_lines
+from service.api import runs as routes
+from service.api.errors import to_json
 from service.queue.local_server import LocalRedis
 from tests.service.api.stack import Api, client_of, make_settings, running_api
 from tests.service.api.test_bad_input import assert_error
@@ -142,3 +149,80 @@ def test_no_folder_of_runs_is_no_runs(redis_url: str, models_dir: Path, tmp_path
     settings = make_settings(redis_url, models_dir, tmp_path / "none")
     with running_api(settings) as other, client_of(other) as client:
         assert client.get("/runs").json()["runs"] == []
+
+
+def lines(*rows: dict[str, Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+STARTED = {"kind": "run", "state": "running", "at_step": 0, "num_steps": 9}
+
+
+@pytest.mark.anyio
+async def test_rows_are_prepared_beside_the_event_loop(runs: Path) -> None:
+    """Every stream of the process waits while its event loop works, and a run may have 100,000 rows."""
+    places = {routes.__file__, json_lines.__file__, to_json.__code__.co_filename}
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename in places:
+            calls[frame.f_code.co_name] += 1
+
+    sys.setprofile(count)  # of this thread alone
+    try:
+        response = await routes.read_metrics(runs / "long run.1")
+        await routes.read_samples(runs / "long run.1")
+    finally:
+        sys.setprofile(None)
+    assert json.loads(bytes(response.body))["num_rows"] == 5_002
+    assert calls["read_metrics"] and max(calls.values()) < 10, calls
+
+
+def test_what_did_not_change_is_not_read_again_however_many_runs_there_are(tmp_path: Path) -> None:
+    paths = [tmp_path / f"run-{number:02}" / "metrics.jsonl" for number in range(20)]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(lines(STARTED, train_row(3)))
+    first = [routes.summarise(path.parent) for path in paths]
+    assert {run["state"] for run in first} == {"running"} and {run["step"] for run in first} == {3}
+    for path in paths:
+        stat = path.stat()
+        path.write_text("x" * stat.st_size)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = [routes.summarise(path.parent) for path in paths]
+    assert [{**run, "age_s": None} for run in again] == [{**run, "age_s": None} for run in first]
+
+
+def test_of_a_file_that_grew_only_the_end_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(STARTED, *map(train_row, range(1, 8))) + '{"kind": "tra')
+    assert routes.summarise(tmp_path)["step"] == 7
+    with path.open("r+") as file:
+        file.write("x" * 10)  # so that whoever read the first row again would miss it
+    with path.open("a") as file:
+        file.write(lines(train_row(8)).removeprefix('{"kind": "tra'))
+    summary = routes.summarise(tmp_path)
+    assert (summary["state"], summary["step"]) == ("running", 8)
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    """As a run that goes on from a checkpoint does: rows behind it are dropped and come again."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(STARTED, *map(train_row, range(1, 8))))
+    assert routes.summarise(tmp_path)["step"] == 7
+    path.write_text(lines({**STARTED, "state": "resumed"}, train_row(1)))
+    assert (routes.summarise(tmp_path)["state"], routes.summarise(tmp_path)["step"]) == ("resumed", 1)
+    path.write_text(lines({**STARTED, "state": "again"}, *({**train_row(step), "loss": 1.0} for step in range(1, 99))))
+    summary = routes.summarise(tmp_path)
+    assert (summary["state"], summary["step"], summary["loss"]) == ("again", 98, 1.0)
+    path.unlink()
+    assert routes.summarise(tmp_path)["state"] is None
+
+
+def test_a_last_row_without_a_line_end_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(train_row(1)) + json.dumps(train_row(2)))
+    assert [row["step"] for row in json_lines.rows_of(path).look()] == [1, 2]
+    with path.open("a") as file:
+        file.write("\n" + lines(train_row(3)))
+    assert [row["step"] for row in json_lines.rows_of(path).look()] == [1, 2, 3]
