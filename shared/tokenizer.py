@@ -266,11 +266,16 @@ def token_text(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def refuse_lone_surrogates(text: str) -> None:
+def lone_surrogate_in(text: str) -> str | None:
+    """Name half a surrogate pair and its place, if there is one: it is no character, and no UTF-8 can carry it."""
     try:
-        text.encode("utf-8")
+        text.encode()
     except UnicodeEncodeError as error:
-        raise GenerationError(
-            f"the text holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}; "
-            "send valid Unicode"
-        ) from None
+        return f"the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+    return None
+
+
+def refuse_lone_surrogates(text: str) -> None:
+    found = lone_surrogate_in(text)
+    if found is not None:
+        raise GenerationError(f"the text holds {found}; send valid Unicode")

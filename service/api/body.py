@@ -11,8 +11,9 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from service.api.errors import is_unicode, shorten
+from service.api.errors import shorten
 from service.errors import InvalidValue, MalformedRequest
+from shared.tokenizer import lone_surrogate_in
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -88,15 +89,10 @@ def is_too_deep(value: Any) -> bool:
 
 
 def refuse_lone_surrogates(value: object, path: tuple[str, ...]) -> None:
-    """Half a surrogate pair is no character: no tokenizer and no UTF-8 can carry it."""
-    if isinstance(value, str) and not is_unicode(value):
-        place = next(place for place, character in enumerate(value) if "\ud800" <= character <= "\udfff")
+    if isinstance(value, str) and (found := lone_surrogate_in(value)) is not None:
         name = ".".join(path) or None
         raise InvalidValue(
-            f"{name or 'A name'} holds the lone surrogate U+{ord(value[place]):04X} at character {place}; "
-            "send whole characters.",
-            param=name,
-            code="lone_surrogate",
+            f"{name or 'A name'} holds {found}; send whole characters.", param=name, code="lone_surrogate"
         )
     if isinstance(value, dict):
         for name in value:

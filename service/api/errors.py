@@ -22,6 +22,7 @@ from service.errors import (
     RequestError,
 )
 from shared.errors import SmolLMError
+from shared.tokenizer import lone_surrogate_in
 
 MAX_MESSAGE_CHARACTERS = 500
 """Messages quote what was sent; a large body must not come back as a larger error."""
@@ -134,16 +135,7 @@ def shorten(value: object) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
     if isinstance(value, str):
-        text = json.dumps(value[:60], ensure_ascii=not is_unicode(value))
+        text = json.dumps(value[:60], ensure_ascii=lone_surrogate_in(value) is not None)
         return text if len(value) <= 60 else f"{text}… ({len(value):,} characters)"
     text = repr(value) if value is None or isinstance(value, float) else json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text has a UTF-8 form: whether no half of a surrogate pair stands in it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from service.api.models import Model
-from service.api.strict import Name, Strict, Text
+from service.api.strict import Name, Strict
 from service.errors import InvalidValue
 from shared.errors import GenerationError
 from shared.grammar import ANY_OBJECT, check_grammar, json_grammar, regex_grammar
@@ -33,7 +33,7 @@ class NamedSchema(Strict):
     """A JSON schema as OpenAI wraps it."""
 
     name: Name | None = Field(None, description="accepted and ignored")
-    description: Text | None = Field(None, description="accepted and ignored")
+    description: str | None = Field(None, description="accepted and ignored")
     strict: bool | None = Field(None, description="accepted and ignored: a schema is always enforced")
     schema_: dict[str, Any] = Field(alias="schema", description="the JSON schema; keywords not known are refused")
 
@@ -49,7 +49,7 @@ class RegexFormat(Strict):
     """Ours: text that a regular expression matches as a whole."""
 
     type: Literal["regex"]
-    pattern: Annotated[Text, Field(min_length=1, max_length=MAX_PATTERN)]
+    pattern: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
 
 
 ResponseFormat = Annotated[

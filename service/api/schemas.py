@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from service.api.response_format import ResponseFormat
-from service.api.strict import MAX_NAME, Float, Int, Name, Strict, Text, example
+from service.api.strict import MAX_NAME, Float, Int, Name, Strict, example
 from service.api.unserved import UNSERVED, refuse_unserved, without_nulls
 
 MAX_STOPS = 16
@@ -31,7 +31,7 @@ def one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[
     list[StopText],
     BeforeValidator(one_or_many, json_schema_input_type=StopText | list[StopText] | None),
@@ -99,7 +99,7 @@ class GenerateRequest(Sampling):
         json_schema_extra={"examples": [{"prompt": "First Citizen:", "max_new_tokens": 64, "temperature": 0.7}]}
     )
 
-    prompt: Annotated[Text, Field(min_length=1)]
+    prompt: Annotated[str, Field(min_length=1)]
     model: ModelName | None = Field(None, description="null is the default model")
     max_new_tokens: Length = Field(128, description="lowered, with a warning, to what the model's context leaves")
     max_tokens: Length | None = Field(None, description="another name of max_new_tokens")
@@ -182,7 +182,7 @@ class TokenizeRequest(Strict):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "First Citizen:"}]})
 
-    text: Text
+    text: str
     model: ModelName | None = None
 
 
@@ -251,7 +251,7 @@ class OpenAISampling(Sampling):
     n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] = Field(1, description="choices, each a job of its own")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: Annotated[Text, Field(max_length=MAX_NAME)] | None = Field(None, description="accepted and ignored")
+    user: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(None, description="accepted and ignored")
     metadata: dict[str, Any] | None = Field(None, description="accepted and ignored")
     store: bool | None = Field(None, description="accepted and ignored")
 
@@ -318,7 +318,7 @@ class CompletionRequest(OpenAISampling):
 
 class ContentPart(Strict):
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 def joined_parts(value: Any) -> Any:
@@ -336,8 +336,8 @@ def joined_parts(value: Any) -> Any:
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(joined_parts, json_schema_input_type=str | list[ContentPart])]
-    name: Annotated[Text, Field(max_length=MAX_NAME)] | None = Field(None, description="accepted and ignored")
+    content: Annotated[str, BeforeValidator(joined_parts, json_schema_input_type=str | list[ContentPart])]
+    name: Annotated[str, Field(max_length=MAX_NAME)] | None = Field(None, description="accepted and ignored")
 
     def to_template(self) -> dict[str, str]:
         """As chat templates read it; a developer is the system by OpenAI's newer word."""

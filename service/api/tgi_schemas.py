@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from service.api.schemas import MAX_LOGPROBS, Length, Seed, Stops
-from service.api.strict import Float, Int, Strict, Text, example
+from service.api.strict import Float, Int, Strict, example
 from service.api.unserved import refuse_unserved, without_nulls
 
 DEFAULT_LENGTH = 100
@@ -92,7 +92,7 @@ class TgiRequest(Strict):
         json_schema_extra={"examples": [{"inputs": "First Citizen:", "parameters": {"max_new_tokens": 64}}]}
     )
 
-    inputs: Annotated[Text, Field(min_length=1)]
+    inputs: Annotated[str, Field(min_length=1)]
     parameters: Annotated[
         TgiParameters,
         BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=TgiParameters | None),
