@@ -37,7 +37,7 @@ from tests.tiny import write_tiny_export
 
 NUM_STREAMS: Final = 32
 NUM_CLIENTS: Final = 40
-NUM_REQUESTS: Final = 4 * NUM_STREAMS
+NUM_REQUESTS: Final = 8 * NUM_STREAMS
 SAMPLING: Final[dict[str, Any]] = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
 PROMPT: Final = "First Citizen: Before we proceed any further, hear me speak. All: Speak"
 
