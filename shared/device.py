@@ -17,6 +17,9 @@ from shared.errors import ConfigError
 T = TypeVar("T")
 Purpose = Literal["serve", "train"]
 
+MOST_THREADS = 1_024
+"""More are a mistake, and with a million of them PyTorch ends in a segmentation fault."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 DENSE_16BIT_PEAK_FLOPS = {
@@ -53,6 +56,11 @@ DENSE_16BIT_PEAK_FLOPS = {
     "MI300X": 1_307e12,
     "MI250X": 383e12,
 }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or this machine has no memory left."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True)
@@ -142,8 +150,8 @@ def choose_num_threads(requested: int, *, cgroup_root: Path = Path("/sys/fs/cgro
 
     A container's quota is rounded down: one thread too many makes every step wait for a thread that is throttled.
     """
-    if requested < 0:
-        raise ConfigError(f"num_threads is {requested}; it must be 0 (automatic) or more")
+    if not 0 <= requested <= MOST_THREADS:
+        raise ConfigError(f"num_threads is {requested}; it must lie in 0 (automatic)..{MOST_THREADS}")
     if requested:
         return Choice(requested, "as asked for")
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,19 +1,20 @@
-"""Files that are whole or not there: hashes, atomic writes, and a folder swapped in as one."""
+"""Files that are whole or not there: hashes, atomic writes, a folder swapped in as one, locks, and refusals told."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from shared.errors import StorageError
+from shared.errors import SmolLMError, StorageError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -57,6 +58,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     with storage_errors(target):
+        if target.is_file():
+            raise FileExistsError(errno.EEXIST, "a file of that name", str(target))
         temporary.mkdir(parents=True)
         try:
             yield temporary
@@ -126,7 +129,47 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EACCES: "permission is denied; give this user the right to write there",
             errno.EPERM: "permission is denied; give this user the right to write there",
             errno.EROFS: "the file system is read-only; choose another folder",
+            errno.ENOTDIR: "a file stands where a folder is needed; move it away",
+            errno.EEXIST: "a file stands where a folder is needed; move it away",
         }
         if error.errno not in reasons:
             raise
         raise StorageError(f"cannot write {path}: {reasons[error.errno]}") from error
+
+
+@contextlib.contextmanager
+def reading_errors(path: Path, kind: type[SmolLMError] = StorageError) -> Iterator[None]:
+    """Turn the system's refusals to let something be read into one sentence that names it.
+
+    Args:
+        path: what is read, where the system names nothing itself.
+        kind: what to raise.
+    """
+    try:
+        yield
+    except OSError as error:
+        advice = "; give this user the right to read it" if error.errno in (errno.EACCES, errno.EPERM) else ""
+        reason = f"{error.filename or path} cannot be read: {error.strerror or error}{advice}"
+        raise kind(reason) from error
+
+
+@contextlib.contextmanager
+def only_one_process(path: Path, *, when_taken: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock file, after whoever holds it; the system frees it even when a process is killed.
+
+    Args:
+        when_taken: called where another process holds it: to say so before the wait, or to raise.
+
+    Raises:
+        StorageError: the disk refused the file.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            when_taken()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import logging
 import os
 import subprocess
@@ -25,7 +24,7 @@ from pathlib import Path
 from shared.catalog import ModelFolder, end_token_ids, list_model_folders, read_json, read_model_folder
 from shared.checkpoint import import_hf_folder, write_export
 from shared.errors import ConfigError, SmolLMError, WeightsError
-from shared.files import sha256_file, storage_errors
+from shared.files import only_one_process, sha256_file, storage_errors
 from shared.gguf_import import import_gguf
 from shared.log import configure_logging
 
@@ -92,9 +91,11 @@ def bring(name: str, models_dir: Path) -> ModelFolder:
     """
     if name not in PUBLIC_MODELS:
         raise ConfigError(f"there is no public model {name!r}; known are {', '.join(PUBLIC_MODELS)}")
-    with storage_errors(models_dir):
-        models_dir.mkdir(parents=True, exist_ok=True)
-    with only_one_process(models_dir / f".{name}.lock"):
+
+    def say_so() -> None:
+        log.info("another process is bringing %s; waiting", name)
+
+    with only_one_process(models_dir / f".{name}.lock", when_taken=say_so):
         if found := list_model_folders(models_dir).get(name):
             log.info("%s is already there: %s", name, found.path)
             return found
@@ -221,20 +222,6 @@ def progress(what: str) -> Iterator[None]:
     finally:
         done.set()
         reporter.join()
-
-
-@contextlib.contextmanager
-def only_one_process(path: Path) -> Iterator[None]:
-    """Hold a lock file; the system frees it even when the process is killed."""
-    with storage_errors(path):
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process is bringing it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +37,29 @@ def pytest_report_header() -> str:
 
     with start_redis() as server, blocking_redis(server.url) as client:
         return f"queue: {check_server(client)} ({server.description})"
+
+
+CAPABILITY_VERSION_3 = 0x2008_0522
+OVERRIDES_MODES = 1 << 1 | 1 << 2
+"""CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, capabilities(7): what lets root pass over the mode of a file."""
+
+
+@pytest.fixture
+def modes_hold() -> Iterator[None]:
+    """Let what a file's mode forbids be forbidden to root too, in this thread, as long as a test runs."""
+    if os.geteuid() != 0:
+        yield
+        return
+    if sys.platform != "linux":
+        pytest.skip("root may read everything")
+    libc, header = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    before = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: the lower 32 of each, then the upper
+    assert libc.capget(header, before) == 0
+    less = (ctypes.c_uint32 * 6)(*before)
+    less[0] &= ~OVERRIDES_MODES
+    assert libc.capset(header, less) == 0
+    yield
+    assert libc.capset(header, before) == 0
 
 
 @pytest.fixture(scope="session")

@@ -108,9 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or 2 where the user has something to mend."""
     options = build_parser().parse_args(arguments)
     from trainer import commands  # after the parser, so that --help needs no torch
+    from trainer.memory import memory_errors
 
     try:
-        print_lines = getattr(commands, options.command)(options)
+        with memory_errors():
+            print_lines = getattr(commands, options.command)(options)
     except SmolLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

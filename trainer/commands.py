@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from shared.errors import ConfigError
-from shared.files import storage_errors
 from shared.model import SmolLM2
+from shared.tokenizer import refuse_lone_surrogates
 from trainer import report
-from trainer.config import NAME_PATTERN, Directories, PromptSection, TrainConfig
+from trainer.config import NAME_PATTERN, NAME_RULE, Directories, PromptSection, TrainConfig
 from trainer.corpus.files import check_leads_somewhere
 from trainer.evaluate import evaluate as evaluate_model
 from trainer.export import export_model
 from trainer.finished import already_finished
 from trainer.hardware import Hardware
+from trainer.memory import memory_errors
 from trainer.plan import describe_needs, describe_trial
 from trainer.plan import plan as make_plan
 from trainer.plot import plot_run
@@ -77,7 +78,7 @@ def train(options: Options) -> list[str]:
         show_messages()
         described = describe_plan(config, prepare_data(config.data, directories))
         return [described, "time:    not measured; `python -m trainer plan` does", "dry run: nothing was trained"]
-    folder = RunFolder(directories.runs_dir / checked_name(options.run or config.name))
+    folder = RunFolder(directories.runs_dir / checked_name(config.name if options.run is None else options.run))
     processes = Processes.join(config.device)
     if processes.is_leader:
         lead(config, folder, directories, processes, accept_changes=options.accept_changes)
@@ -97,7 +98,7 @@ def lead(
     """Be the process that decides, logs and saves; usually the only one."""
     with folder.locked():
         changes = folder.open(config, accept_changes=accept_changes)
-        with RunLog(folder.training_log) as log, storage_errors(folder.path):
+        with RunLog(folder.training_log) as log, memory_errors():
             if changes:
                 log.say(f"the recipe has changed since the last checkpoint: {', '.join(changes)}")
             data = processes.in_turn(lambda: prepare_data(config.data, directories))
@@ -130,13 +131,15 @@ def evaluate(options: Options) -> list[str]:
 
 def sample(options: Options) -> list[str]:
     """Let a checkpoint continue prompts."""
+    prompts = [asked_prompt(text) for text in options.prompt or ()]
+    if options.tokens is not None and options.tokens < 1:
+        raise ConfigError(f"--tokens is {options.tokens}; it must be above 0")
     config, data, model, state = open_checkpoint(options)
-    prompts = [PromptSection(text=text) for text in options.prompt or ()] or config.prompts
     temperature = config.sample_temperature if options.temperature is None else options.temperature
     rows = sample_texts(
         model.to(Hardware.choose(config).device),
         data.tokenizer,
-        prompts,
+        prompts or config.prompts,
         step=state["step"],
         max_new_tokens=options.tokens or config.sample_tokens,
         trained_length=config.sequence_length,
@@ -145,6 +148,19 @@ def sample(options: Options) -> list[str]:
     )
     assert rows is not None, "nothing asks it to stop"
     return [report.samples_text(state["step"], rows)]
+
+
+def asked_prompt(text: str) -> PromptSection:
+    """Check a prompt of the command line.
+
+    Raises:
+        ConfigError: it is empty.
+        GenerationError: it is no Unicode text.
+    """
+    if not text:
+        raise ConfigError("--prompt is empty; give a text to continue, or leave it out for the recipe's prompts")
+    refuse_lone_surrogates(text)
+    return PromptSection(text=text)
 
 
 def plot(options: Options) -> list[str]:
@@ -159,7 +175,7 @@ def export(options: Options) -> list[str]:
     config, data, model, state = open_checkpoint(options)
     directories = Directories()
     folder = RunFolder(directories.runs_dir / options.run)
-    name = checked_name(options.name or config.export_name or folder.name)
+    name = checked_name(options.name if options.name is not None else config.export_name or folder.name)
     exported = export_model(
         directories.models_dir / name,
         model.to(Hardware.choose(config).device),
@@ -177,7 +193,7 @@ def open_checkpoint(options: Options) -> tuple[TrainConfig, PreparedData, SmolLM
     """Return a run's recipe, its data, and the network of the checkpoint that was asked for, on the CPU.
 
     Raises:
-        ConfigError: no such run, or its data is no longer what it was trained on.
+        ConfigError: no such run, its data is no longer what it was trained on, or its recipe not the checkpoint's.
         WeightsError: no such checkpoint, or it is damaged.
     """
     show_messages()
@@ -203,7 +219,7 @@ def describe_plan(config: TrainConfig, data: PreparedData) -> str:
 def checked_name(name: str) -> str:
     """Refuse a run or export name that is a path: it would lead out of its folder."""
     if not re.fullmatch(NAME_PATTERN, name):
-        raise ConfigError(f"{name!r} is no name; use letters, digits, dots, dashes and underscores")
+        raise ConfigError(f"{name!r} is no name; {NAME_RULE}")
     return name
 
 

@@ -19,10 +19,12 @@ from trainer.curriculum import Stage, validate_stages
 from trainer.schedule import Schedule, ScheduleKind
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+NAME_RULE = "use letters, digits, dots, dashes and underscores, at most 100"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 class Directories(BaseSettings):
@@ -122,7 +124,9 @@ class DataSection(Section):
     )
     token_budget: Positive | None = Field(None, description="tokens to bring from all datasets together")
     tokenizer: str = Field(
-        "smollm2", description="smollm2 (49,152 ids), train (a new BPE of vocab_size ids), or a folder's path"
+        "smollm2",
+        min_length=1,
+        description="smollm2 (49,152 ids), train (a new BPE of vocab_size ids), or a folder's path",
     )
     vocab_size: Positive | None = Field(None, description='ids of the BPE that tokenizer = "train" makes')
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -188,7 +192,9 @@ class TrainConfig(Section):
         False, description="tokens look only at their own document, and its positions count from 0"
     )
     init_from: str | None = Field(
-        None, description="weights to start from: a model's name, looked for in models/ or brought, or a folder's path"
+        None,
+        min_length=1,
+        description="weights to start from: a model's name, looked for in models/ or brought, or a folder's path",
     )
 
     optimizer: Literal["adamw", "muon"] = Field(
@@ -211,7 +217,7 @@ class TrainConfig(Section):
         False, description="start the projections into the residual stream at 1/sqrt(2 x layers) of the usual spread"
     )
 
-    seed: Count = Field(1337, description="of weights, order of windows and samples")
+    seed: Seed = Field(1337, description="of weights, order of windows and samples")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="arithmetic of the forward pass; weights and optimizer stay fp32"

@@ -13,7 +13,7 @@ from trainer.run_folder import RunFolder, read_rows
 def already_finished(folder: RunFolder, config: TrainConfig, *, data_hash: str, models_dir: Path) -> str | None:
     """Return the sentence for a run whose last step is done and whose export stands; None where work is left."""
     export = models_dir / (config.export_name or folder.name)
-    runs = [row for row in read_rows(folder.metrics) if row["kind"] == "run"]
+    runs = [row for row in read_rows(folder.metrics) if row.get("kind") == "run"]
     told = {"run": folder.name, "step": config.num_steps, "data_hash": data_hash}
     try:
         manifest = read_json(export / "manifest.json")

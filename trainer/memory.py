@@ -1,15 +1,17 @@
-"""How much of a step is computed at once: rows per forward pass and tokens whose logits exist together."""
+"""How much of a step is computed at once: rows per forward pass and tokens whose logits exist together; and its end."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from shared.config import ModelConfig
-from shared.device import Choice, cgroup_folders
+from shared.device import Choice, cgroup_folders, is_out_of_memory
+from shared.errors import ConfigError
 from trainer.config import TrainConfig
 
 ACTIVATION_BYTES = 24
@@ -92,3 +94,23 @@ def memory_limits(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
             with contextlib.suppress(OSError, ValueError):  # absent, or "max"
                 limits.append(int((folder / name).read_text()))
     return limits
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn a device's or the machine's refusal of memory into one sentence.
+
+    Raises:
+        ConfigError: what was asked for does not fit.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = reason.partition("err == 0. ")[2] or reason  # what stands before it is PyTorch's own check
+        raise ConfigError(
+            f"no memory is left ({reason}): lower micro_batch_size and raise gradient_accumulation_steps, set "
+            "activation_checkpointing = true, or make the model smaller"
+        ) from error

@@ -22,6 +22,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from shared.config import ModelConfig
+from shared.files import storage_errors
 from trainer.run_folder import RunFolder, append_row, keep_rows_through
 from trainer.track import Tracker
 
@@ -44,7 +45,8 @@ class Metrics:
     def __init__(self, folder: RunFolder, *, resume_step: int, tracker: Tracker | None = None) -> None:
         self.folder = folder
         self.tracker = tracker or Tracker("off", run=folder.name, settings={})
-        self.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=resume_step + 1)
+        with storage_errors(folder.tensorboard):
+            self.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=resume_step + 1)
         self.rows: list[dict[str, Any]] = []
         self.evaluated_steps: set[int] = set()
         self.sampled_steps: set[int] = set()
@@ -86,12 +88,14 @@ class Metrics:
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             append_row(self.folder.samples, row)
-            self.tensorboard.add_text(f"sample/{row['prompt'][:20]}", row["prompt"] + row["text"], step)
+            with storage_errors(self.folder.tensorboard):
+                self.tensorboard.add_text(f"sample/{row['prompt'][:20]}", row["prompt"] + row["text"], step)
         self.sampled_steps.add(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
+        with storage_errors(self.folder.tensorboard):  # its thread's errors come with the next number
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
         self.tracker.log(values, step=step)
 
     def of_kind(self, kind: str, *, after: int = -1, through: int | None = None) -> list[dict[str, Any]]:
@@ -99,11 +103,12 @@ class Metrics:
         return [
             row
             for row in self.rows
-            if row["kind"] == kind and row["step"] > after and (through is None or row["step"] <= through)
+            if row.get("kind") == kind and row["step"] > after and (through is None or row["step"] <= through)
         ]
 
     def close(self) -> None:
-        self.tensorboard.close()
+        with storage_errors(self.folder.tensorboard):
+            self.tensorboard.close()
         self.tracker.close()
 
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DataError, StorageError, TokenizerError
-from shared.files import atomic_folder, storage_errors, write_atomically
-from shared.pretrained import only_one_process
+from shared.files import atomic_folder, only_one_process, storage_errors, write_atomically
 from shared.tokenizer import Tokenizer
 from trainer.batches import data_hash
 from trainer.corpus.files import FileText
@@ -87,9 +86,11 @@ def prepare(
         TokenizerError: the vocabulary does not fit 16 bits.
         StorageError: the disk refused.
     """
-    with storage_errors(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-    with only_one_process(output_dir / ".lock"):
+
+    def say_so() -> None:
+        log.info("another process is preparing the same data; waiting")
+
+    with only_one_process(output_dir / ".lock", when_taken=say_so):
         texts = [find_text(source, data_dir, text_dir, files=files, datasets=datasets) for source in sources]
         work = Work(texts, output_dir, held_out_share)
         if tokenizer is None:
@@ -113,16 +114,25 @@ def load_prepared(output_dir: Path) -> PreparedData:
     Raises:
         DataError: it is missing or unfinished.
     """
-    try:
-        sources = json.loads((output_dir / PREPARED).read_bytes())["sources"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{output_dir} holds no prepared data: run `python -m trainer prepare`") from error
+    prepared = read_note_of(output_dir / PREPARED)
+    sources = prepared.get("sources")
+    if not isinstance(sources, list):
+        raise DataError(f"{output_dir} holds no prepared data: run `python -m trainer prepare`")
     tokenizer = Tokenizer.from_folder(output_dir / TOKENIZER_FOLDER)
     token_files = {source: open_token_file(output_dir / source) for source in sources}
     for source, file in token_files.items():
         if file.manifest["tokenizer_sha256"] != tokenizer.sha256:
             raise DataError(f"{output_dir / source} was made with another tokenizer: run `python -m trainer prepare`")
     return PreparedData(tokenizer, token_files, data_hash(token_files))
+
+
+def read_note_of(path: Path) -> dict[str, Any]:
+    """Return what an earlier process wrote of its work; nothing where that cannot be used, as if it had not begun."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class Work:
@@ -149,7 +159,7 @@ class Work:
         folder = self.output_dir / TOKENIZER_FOLDER
         note = folder / "trained_on.json"
         wanted = {"vocab_size": vocab_size, "texts": self.identities, "chat_template": False}
-        if note.is_file() and json.loads(note.read_bytes()) == wanted:
+        if read_note_of(note) == wanted:
             return Tokenizer.from_folder(folder)
         samples = [sample_documents(text, self.survey(text)) for text in self.texts]
         log.info("training a tokenizer of %s ids", f"{vocab_size:,}")

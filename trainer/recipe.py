@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from shared.errors import ConfigError
-from trainer.config import TrainConfig
+from shared.files import reading_errors
+from trainer.config import NAME_RULE, TrainConfig
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
@@ -27,11 +28,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig
     """Read a recipe and apply `key=value` changes; a dotted key reaches into a table (`data.vocab_size=4096`).
 
     Raises:
-        ConfigError: no such recipe, not TOML, an unknown key (the nearest known one named) or an impossible value.
+        ConfigError: no such recipe, not to be read or not TOML; an unknown key (the nearest known one named), or an
+            impossible value.
     """
     path = find_recipe(name_or_path)
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        with reading_errors(path, ConfigError):
+            settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not valid TOML: {error}") from error
     settings.setdefault("name", path.stem)
@@ -93,6 +96,10 @@ def explain(error: ErrorDetails) -> str:
         return f"unknown key {key!r}{did_you_mean(str(last), known_keys(parents))}"
     if error["type"] == "missing":
         return f"{key} is missing"
+    if error["type"] == "string_pattern_mismatch":  # only names have a pattern
+        is_key = last == "[key]"
+        told = f"{'.'.join(map(str, parents[:-1]))} names" if is_key else f"{key} is"
+        return f"{told} {error['input']!r}; {NAME_RULE}"
     return f"{key} is {error['input']!r}; {error['msg'][:1].lower()}{error['msg'][1:]}"
 
 

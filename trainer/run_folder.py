@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError
-from shared.files import storage_errors, write_atomically
+from shared.files import only_one_process, reading_errors, storage_errors, write_atomically
 from trainer.changes import changes_on_resume
 from trainer.config import TrainConfig
 from trainer.recipe import load_recipe, to_toml
+from trainer.state import Checkpoints
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,13 @@ class RunFolder:
             ConfigError: another process is training it.
             StorageError: the disk refused.
         """
-        with storage_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"another process is training run {self.name!r}; wait for it, or train under another --run NAME"
-                ) from None
+
+        def refuse() -> None:
+            raise ConfigError(
+                f"another process is training run {self.name!r}; wait for it, or train under another --run NAME"
+            )
+
+        with only_one_process(self.path / ".lock", when_taken=refuse):
             yield
 
     def open(self, config: TrainConfig, *, accept_changes: bool = False) -> list[str]:
@@ -89,7 +86,7 @@ class RunFolder:
             StorageError: the disk refused.
         """
         allowed: list[str] = []
-        steps = [int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")]
+        steps = Checkpoints(self.checkpoints, keep=config.keep_checkpoints).steps()
         if self.recipe.is_file() and steps:
             changes = changes_on_resume(self.read_recipe(), config, step=max(steps))
             forbidden = changes.forbidden + ([] if accept_changes else changes.acceptable)
@@ -109,22 +106,32 @@ class RunFolder:
         Raises:
             ConfigError: there is no such run, or its recipe cannot be read.
         """
-        if not self.recipe.is_file():
+        with reading_errors(self.recipe, ConfigError):
+            is_there = self.recipe.is_file()
+        if not is_there:
             known = ", ".join(sorted(path.parent.name for path in self.path.parent.glob("*/recipe.toml"))) or "none"
             raise ConfigError(f"there is no run {self.name!r} in {self.path.parent}; known runs: {known}")
         return load_recipe(str(self.recipe))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file; a last line that a crash cut short is left out."""
+    """Read a JSON-lines file; what is no row, such as a last line that a crash cut short, is left out.
+
+    Raises:
+        StorageError: it may not be read.
+    """
     if not path.is_file():
         return []
+    with reading_errors(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in lines:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from shared.checkpoint import load_tensors, save_tensors
 from shared.errors import StorageError, WeightsError
-from shared.files import atomic_folder, sha256_file, write_atomically
+from shared.files import atomic_folder, reading_errors, sha256_file, write_atomically
 from trainer.shards import read_whole
 
 logger = logging.getLogger("trainer")
@@ -172,6 +172,7 @@ def check_files(folder: Path) -> None:
 
     Raises:
         WeightsError: it is missing, half-written or damaged.
+        StorageError: it may not be read, which is no damage.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -186,7 +187,9 @@ def check_files(folder: Path) -> None:
         raise WeightsError(f"checkpoint {folder} has format {version}; this trainer reads format {FORMAT}")
     for name, (size, digest) in expected.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size or sha256_file(path) != digest:
+        with reading_errors(path):
+            is_whole = path.is_file() and path.stat().st_size == size and sha256_file(path) == digest
+        if not is_whole:
             raise WeightsError(f"checkpoint {path} is not what its manifest describes; it is damaged")
 
 

@@ -15,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import DataError
-from shared.files import sha256_file
+from shared.files import reading_errors, sha256_file
 
 TOKEN_DTYPE = np.dtype("<u2")
 MAX_VOCAB_SIZE = 65_536
 FORMAT = 2
 """Raised when the files or the way text is cut into documents change: older folders are made anew."""
+
+COUNTED = {"num_tokens", "num_bytes", "sha256"}
+"""What a manifest says of each of the two files, besides."""
 
 TRAIN, HELD_OUT, MANIFEST = "train.bin", "held_out.bin", "manifest.json"
 
@@ -55,12 +58,14 @@ def open_token_file(folder: Path) -> TokenFile:
     tokens = {}
     for part, name in (("train", TRAIN), ("held_out", HELD_OUT)):
         path, expected = folder / name, manifest[part]["num_tokens"]
-        size = path.stat().st_size if path.is_file() else -1
+        with reading_errors(path, DataError):
+            size = path.stat().st_size if path.is_file() else -1
         if size != expected * TOKEN_DTYPE.itemsize:
             raise DataError(
                 f"{path} has {size} bytes where {expected * 2} are expected: delete {folder} and prepare again"
             )
-        tokens[part] = np.memmap(path, TOKEN_DTYPE, mode="r") if expected else np.empty(0, TOKEN_DTYPE)
+        with reading_errors(path, DataError):
+            tokens[part] = np.memmap(path, TOKEN_DTYPE, mode="r") if expected else np.empty(0, TOKEN_DTYPE)
     return TokenFile(
         source=manifest["source"],
         train=tokens["train"],
@@ -77,7 +82,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return None
-    whole = isinstance(manifest, dict) and manifest.get("format") == FORMAT and {"train", "held_out"} <= manifest.keys()
+    try:
+        whole = manifest["format"] == FORMAT and all(
+            manifest[part].keys() >= COUNTED and {"source", "tokenizer_sha256"} <= manifest.keys()
+            for part in ("train", "held_out")
+        )
+    except (TypeError, KeyError, AttributeError):
+        return None
     return manifest if whole else None
 
 

@@ -227,9 +227,19 @@ def network_shape(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def load_weights(model: SmolLM2, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint's weights into a network of the same recipe."""
+    """Copy a checkpoint's weights into a network of the same recipe.
+
+    Raises:
+        ConfigError: the recipe has been changed to another network since.
+    """
     parameters = dict(model.named_parameters())
-    assert parameters.keys() == tensors.keys(), "a checkpoint's recipe is compared before its weights are read"
+    found, wanted = ({name: tuple(tensor.shape) for name, tensor in named.items()} for named in (tensors, parameters))
+    if found != wanted:
+        name = min(name for name in found | wanted if found.get(name) != wanted.get(name))
+        raise ConfigError(
+            f"the checkpoint has {name} as {found.get(name, 'nothing')} and its recipe asks for "
+            f"{wanted.get(name, 'nothing')}: that recipe is not what the run was trained under; restore its recipe.toml"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(like(tensors[name], parameter))

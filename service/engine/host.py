@@ -22,6 +22,7 @@ from service.engine.network import Weights, load_network
 from service.engine.pace import STALL
 from service.engine.sequence import Sequence
 from shared.catalog import ModelFolder, list_model_folders
+from shared.device import is_out_of_memory
 from shared.errors import SmolLMError
 from shared.sampling import SamplingParams
 from shared.tokenizer import Tokenizer
@@ -30,8 +31,6 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
 """A folder that could not be loaded is tried again after this long, or as soon as it changes."""
-FORESEEN = (SmolLMError, OSError, MemoryError, torch.OutOfMemoryError)
-"""What a folder or a machine can do to a load; whatever else is a fault of ours, and shows where."""
 WARM_UP_PROMPTS, WARM_UP_TOKENS = (16, 64, 64), 12
 
 
@@ -205,9 +204,9 @@ class Hosts:
             try:
                 host = self.load(folder)
             except Exception as error:  # whatever is wrong with one model, those behind it load
-                if isinstance(error, FORESEEN):
+                if isinstance(error, (SmolLMError, OSError)) or is_out_of_memory(error):
                     log.warning("cannot serve %s: %s", name, error)
-                else:
+                else:  # a fault of ours: show where
                     log.exception("cannot serve %s: %s: %s", name, type(error).__name__, error)
                 self._failed[name] = (folder, time.monotonic() + RETRY_S)
                 continue

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from shared.errors import StorageError
 from tests.trainer.kills import wait_for
 from tests.trainer.small_run import command, small_directories, train_small, weights_sha256
 from trainer.run_folder import RunFolder, read_rows
@@ -63,7 +64,7 @@ def test_the_best_is_marked_after_it_is_written(checkpoints: Checkpoints, saver:
 def test_a_failed_save_is_raised_in_the_run(checkpoints: Checkpoints, saver: Saver) -> None:
     checkpoints.folder.write_text("a file where the folder belongs")
     saver.save(payload(2, torch.zeros(10)))
-    with pytest.raises(OSError, match="checkpoints"):
+    with pytest.raises(StorageError, match=r"checkpoints.*a file stands where a folder is needed"):
         saver.save(payload(3, torch.zeros(10)))
     checkpoints.folder.unlink()
     saver.save(payload(4, torch.zeros(10)))

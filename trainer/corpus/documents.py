@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DataError
+from shared.files import reading_errors
 
 TARGET_CHARACTERS = 2_000
 MAX_CHARACTERS = 64_000
@@ -74,11 +75,9 @@ class Lines:
     def __init__(self, path: Path, start: int = 0) -> None:
         self._path = path
         self._max_characters = MAX_JSON_CHARACTERS if path.suffix == ".jsonl" else MAX_CHARACTERS
-        try:
+        with reading_errors(path, DataError):
             # Some editors begin a file with a byte-order mark.
             self._file = path.open(encoding="utf-8-sig", newline=None)
-        except OSError as error:
-            raise self.refusal(error) from error
         self._file.seek(start)
 
     def __enter__(self) -> Lines:
@@ -93,13 +92,12 @@ class Lines:
 
     def read(self) -> str:
         try:
-            line = self._file.readline(self._max_characters)
+            with reading_errors(self._path, DataError):
+                line = self._file.readline(self._max_characters)
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{self._path} is not UTF-8 text ({error.reason}): convert it to UTF-8{hint(self._path)}"
             ) from error
-        except OSError as error:
-            raise self.refusal(error) from error
         if "\0" in line:
             raise DataError(
                 f"{self._path} holds NUL bytes: it is not text; give a plain UTF-8 text file{hint(self._path)}"
@@ -109,9 +107,6 @@ class Lines:
     def position(self) -> int:
         """What `start` takes to go on after the last line given."""
         return self._file.tell()
-
-    def refusal(self, error: OSError) -> DataError:
-        return DataError(f"{self._path} cannot be read: {error.strerror}")
 
 
 def hint(path: Path) -> str:

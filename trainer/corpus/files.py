@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shared.errors import DataError
-from shared.files import sha256_file
+from shared.files import reading_errors, sha256_file
 from trainer.corpus.documents import FileDocuments
 
 log = logging.getLogger("trainer")
@@ -37,9 +38,14 @@ class FileText:
         return sum(path.stat().st_size for path in self.paths)
 
     def identity(self) -> dict[str, Any]:
+        """
+        Raises:
+            DataError: a file may not be read.
+        """
         digest = hashlib.sha256()
         for path in self.paths:
-            digest.update(f"{path.suffix} {sha256_file(path)};".encode())
+            with reading_errors(path, DataError):
+                digest.update(f"{path.suffix} {sha256_file(path)};".encode())
         return {"text_sha256": digest.hexdigest()}
 
     def open(self, position: Any = None) -> FileDocuments:
@@ -50,7 +56,7 @@ def named_files(source: str, patterns: Sequence[str]) -> FileText:
     """Return the text of a source that some paths, folders and globs stand for; says what it is.
 
     Raises:
-        DataError: one of them leads to no file, or to an empty one.
+        DataError: one of them leads to no file, to an empty one, or to what may not be read.
     """
     paths = named_paths(source, patterns)
     others = f"{len(paths):,} files of " if len(paths) > 1 else ""
@@ -85,7 +91,9 @@ def check_leads_somewhere(source: str, patterns: Sequence[str]) -> None:
     """
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        if not path.exists() and not any(glob.iglob(str(path), recursive=True)):
+        with reading_errors(path, DataError):
+            leads_somewhere = path.exists() or any(glob.iglob(str(path), recursive=True))
+        if not leads_somewhere:
             raise leads_nowhere(source, pattern)
 
 
@@ -94,25 +102,39 @@ def leads_nowhere(source: str, pattern: str) -> DataError:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file stands for itself, a folder for the text files below it, a glob for the files it matches."""
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        return text_files_below(path)
-    return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    """A file stands for itself, a folder for the text files below it, a glob for the files it matches.
+
+    Raises:
+        DataError: one of them may not be read.
+    """
+    with reading_errors(path, DataError):
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            return text_files_below(path)
+        return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
 
 
 def text_files_below(folder: Path) -> list[Path]:
-    """Every file that looks like text; says how many do not. What begins with a dot is passed over."""
-    visible = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    """Every file that looks like text; says how many do not. What begins with a dot is passed over.
+
+    Raises:
+        OSError: a file or folder may not be read: left out, it would be missed only in what the model does not know.
+    """
+    visible = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        visible += [path for path in paths if path.is_file()]
+    visible.sort()
     texts = [path for path in visible if looks_like_text(path)]
     if others := len(visible) - len(texts):
         log.info("%s: %d files are not UTF-8 text and are passed over", folder, others)
     return texts
+
+
+def refuse(error: OSError) -> NoReturn:
+    raise error
 
 
 def looks_like_text(path: Path) -> bool:

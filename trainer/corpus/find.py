@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shared.errors import DataError
-from shared.files import storage_errors, write_atomically
+from shared.files import reading_errors, storage_errors, write_atomically
 from trainer.corpus.download import PUBLIC_FILES, download
 from trainer.corpus.files import FileText, named_files
 from trainer.corpus.hub import HubText
@@ -41,17 +41,22 @@ def find_text(
     """Return a source's text, bringing or generating it where the user gave none; says what it used and why.
 
     Raises:
-        DataError: the user's file is empty, or nothing can be brought, naming the file to provide.
+        DataError: the user's file is empty or may not be read, or nothing can be brought, naming the file to provide.
     """
     if files and source in files:
         return named_files(source, files[source])
     own_folders = (text_dir, data_dir) if text_dir else (data_dir,)
     for path in (folder / f"{source}{suffix}" for folder in own_folders for suffix in USER_SUFFIXES):
-        if path.exists():
-            if not path.is_file() or path.stat().st_size == 0:
-                raise DataError(f"{path} is empty: fill it, or remove it to let {source!r} be brought")
-            log.info("%s: your own %s (%s bytes)", source, path, f"{path.stat().st_size:,}")
-            return FileText(source, (path,), f"the user's {path.name}")
+        with reading_errors(path, DataError):
+            if not path.exists():
+                continue
+            size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise DataError(f"{path} is no file: for a folder of texts, say --text {source}={path}")
+        if size == 0:
+            raise DataError(f"{path} is empty: fill it, or remove it to let {source!r} be brought")
+        log.info("%s: your own %s (%s bytes)", source, path, f"{size:,}")
+        return FileText(source, (path,), f"the user's {path.name}")
     if datasets and source in datasets:
         log.info("%s: %s (no %s.txt)", source, datasets[source].origin, data_dir / source)
         return datasets[source]
@@ -84,9 +89,10 @@ def bring_text(source: str, data_dir: Path) -> FileText:
 def already_brought(source: str, folder: Path) -> FileText | None:
     """Return what an earlier run brought, if it is whole: the note beside it is written last."""
     note = folder / f"{source}.origin"
-    if not note.is_file():
+    try:
+        name, origin = note.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):  # nothing was, or not to the end
         return None
-    name, origin = note.read_text(encoding="utf-8").splitlines()
     path = folder / name
     return FileText(source, (path,), origin) if path.is_file() else None
 
