@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from pydantic import SecretStr
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 from frontend.settings import Settings as PageSettings
@@ -12,6 +13,7 @@ from service.settings import Settings as ServiceSettings
 from trainer.config import Directories
 
 COMPOSE_SETTINGS = (
+    "# All settings above are passed on, but for folders and addresses inside, which are its own: docs/operations.md",
     "# address the ports are opened on; 0.0.0.0 shows them to the network: set SMOLLM_API_KEYS first",
     "#BIND=127.0.0.1",
     "# an index with PyTorch's CPU wheels: without a GPU it spares several GB of CUDA libraries",
@@ -22,6 +24,14 @@ COMPOSE_SETTINGS = (
     "#WORKER_CPUS=0",
     "#REDIS_MAXMEMORY=256mb",
 )
+
+
+def variables_of(settings: type[BaseSettings]) -> dict[str, FieldInfo]:
+    """Return the settings of a process by the names they have in the environment."""
+    prefix = settings.model_config.get("env_prefix", "")
+    return {
+        str(field.validation_alias or f"{prefix}{name}".upper()): field for name, field in settings.model_fields.items()
+    }
 
 
 def env_example() -> str:
@@ -37,9 +47,7 @@ def env_example() -> str:
     seen = set()
     for title, settings in parts.items():
         lines += ["", f"# ---- {title}"]
-        prefix = settings.model_config.get("env_prefix", "")
-        for name, field in settings.model_fields.items():
-            variable = str(field.validation_alias or f"{prefix}{name}".upper())
+        for variable, field in variables_of(settings).items():
             if variable in seen:
                 continue
             seen.add(variable)
