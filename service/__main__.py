@@ -38,11 +38,34 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m service", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("api", help="serve HTTP until SIGTERM")
-    commands.add_parser("worker", help="take jobs and generate until SIGTERM")
-    health = commands.add_parser("health", help="ask the API at API_PORT; exit code 1 if it does not answer")
+
+    def add(name: str, brief: str, more: str) -> argparse.ArgumentParser:
+        description = f"{brief[0].upper()}{brief[1:]}. {more}"
+        return commands.add_parser(name, help=brief, description=description)
+
+    add(
+        "api",
+        "serve HTTP until SIGTERM",
+        "Listens on SMOLLM_API_HOST and API_PORT, admits jobs to the Redis at SMOLLM_REDIS_URL and offers the models "
+        "in SMOLLM_MODELS_DIR. The other settings stand in .env.example, the routes in docs/api.md and at /docs.",
+    )
+    add(
+        "worker",
+        "take jobs and generate until SIGTERM",
+        "The jobs wait in the Redis at SMOLLM_REDIS_URL, the models stand in SMOLLM_MODELS_DIR; SMOLLM_DEVICE, "
+        "SMOLLM_WEIGHTS and SMOLLM_NUM_SLOTS say how it computes. The other settings stand in .env.example.",
+    )
+    health = add(
+        "health",
+        "ask the API at API_PORT how it is",
+        "The exit code is 1 if it does not answer.",
+    )
     health.add_argument("--ready", action="store_true", help="exit code 1 also while it cannot serve a request yet")
-    commands.add_parser("key", help="make an API key and print it with the hash that the service keeps")
+    add(
+        "key",
+        "make an API key and print it with its hash",
+        "The service keeps the hash alone, in SMOLLM_API_KEYS or SMOLLM_API_KEYS_FILE: docs/operations.md.",
+    )
     return parser
 
 

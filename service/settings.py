@@ -75,7 +75,9 @@ class Settings(BaseSettings):
     worker_metrics_port: int = Field(0, ge=0, le=65_535, description="port of a worker's own /metrics; 0: none")
 
     # What is told
-    log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON")
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="auto: JSON in containers, text on terminals"
+    )
     otlp_endpoint: str | None = Field(
         None,
         description="where spans go, as http://collector:4318; needs the extra `tracing`; empty: nowhere",

@@ -40,11 +40,13 @@ def text_formatter(process: str) -> logging.Formatter:
 
 
 def json_formatter(process: str) -> logging.Formatter:
-    from pythonjsonlogger.json import JsonFormatter  # only the service installs it
+    from pythonjsonlogger.core import RESERVED_ATTRS  # only the service installs it
+    from pythonjsonlogger.json import JsonFormatter
 
     return JsonFormatter(
         ["levelname", "name", "message"],
         rename_fields={"levelname": "level", "name": "logger"},
         static_fields={"process": process},
         timestamp="time",
+        reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, for terminals: the message once more
     )

@@ -81,8 +81,8 @@ class Sampling(Strict):
     response_format: ResponseFormat | None = Field(
         None, description="what the text must be: text, json_object, json_schema, or our regex"
     )
-    timeout_s: Annotated[Float, Field(gt=0, le=86_400)] = Field(
-        300.0, description="the job ends by then with what it has, queued or running"
+    timeout_s: Annotated[Float, Field(gt=0)] = Field(
+        300.0, description="the job ends by then with what it has, queued or running; SMOLLM_MAX_TIMEOUT_S is the most"
     )
     priority: Literal["high", "normal", "batch"] = Field("normal", description="who is served first; none starves")
 

@@ -31,14 +31,14 @@ def test_text_names_the_process(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("api", style="json")
-    logging.getLogger("service.api").warning("full: %d jobs", 3, extra={"job": "abc"})
+    logging.getLogger("service.api").warning("full: %d jobs", 3, extra={"job": "abc", "color_message": "full"})
     entry = json.loads(capsys.readouterr().err)
     assert entry["message"] == "full: 3 jobs"
     assert entry["level"] == "WARNING"
     assert entry["logger"] == "service.api"
     assert entry["process"] == "api"
     assert entry["job"] == "abc"
-    assert "time" in entry
+    assert "time" in entry and "color_message" not in entry
 
 
 def test_a_traceback_stays_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,11 @@ def test_a_value_that_cannot_be_served_is_422_with_its_field(
     assert param.partition(".")[0] in error["message"]
 
 
+def test_a_timeout_too_long_is_told_the_limit_at_once(client: httpx2.Client) -> None:
+    error = assert_error(client.post("/generate", json=GOOD | {"timeout_s": 1e6}), 422, param="timeout_s")
+    assert "at most 3600" in error["message"]
+
+
 @pytest.mark.parametrize("field", ["temperature", "top_p", "repetition_penalty", "timeout_s", "max_new_tokens", "seed"])
 def test_numbers_that_are_none_are_refused(client: httpx2.Client, field: str) -> None:
     for literal in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999"):
