@@ -92,7 +92,7 @@ def epoch_order(num_windows: int, seed: int, source: str, epoch: int) -> NDArray
 
 
 def data_hash(token_files: Mapping[str, TokenFile]) -> str:
-    """Return one sha256 over the training tokens of every source."""
+    """Return one sha256 over the training tokens of every source, as their manifests tell: `verify_tokens` compares."""
     digest = hashlib.sha256()
     for name, file in token_files.items():
         digest.update(f"{name}={file.manifest['train']['sha256']};".encode())

@@ -33,6 +33,7 @@ from trainer.run_folder import RunFolder
 from trainer.run_log import RunLog
 from trainer.sample import sample_texts
 from trainer.state import Checkpoints
+from trainer.token_file import verify_tokens
 from trainer.train import load_weights, network_shape
 from trainer.trial import try_step
 
@@ -87,6 +88,8 @@ def train(options: Options) -> list[str]:
 
         logging.getLogger("trainer").setLevel(logging.ERROR)
         data = processes.in_turn(lambda: prepare_data(config.data, directories))
+        if processes.local_rank == 0:  # one look at each machine's disk
+            verify_tokens(data.token_files)
         follow(config, data, folder, processes)
     processes.leave()
     return []
@@ -108,6 +111,7 @@ def lead(
                 log.say(done)
                 return
             log.say(describe_plan(config, data))
+            verify_tokens(data.token_files)
             run = Run(config, data, folder, models_dir=directories.models_dir, log=log, processes=processes)
             run.to_the_end()
 

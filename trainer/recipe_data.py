@@ -18,7 +18,7 @@ PUBLIC_TOKENIZER = "smollm2-135m-instruct"
 
 
 def prepare_data(data: DataSection, directories: Directories) -> PreparedData:
-    """Bring each source's text and turn it into tokens; what is done already is only checked.
+    """Bring each source's text and turn it into tokens; what is done already is kept.
 
     Raises:
         DataError: a source's text is missing, empty or binary, or its dataset cannot be reached.
@@ -39,10 +39,10 @@ def prepare_data(data: DataSection, directories: Directories) -> PreparedData:
 
 
 def load_data(data: DataSection, directories: Directories) -> PreparedData:
-    """Read what `prepare_data` wrote, without making anything.
+    """Open what `prepare_data` wrote, without making anything; only a training hashes all of it.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: it is missing, unfinished or of another size.
     """
     return load_prepared(tokens_folder(data, directories))
 

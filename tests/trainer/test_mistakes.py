@@ -218,3 +218,17 @@ def test_what_is_no_hindrance(here: Path, prepare: Preparation, arguments: list[
     prepare(here)
     assert main(["train", "smoke", *arguments]) == 0
     assert Checkpoints(here / "runs" / "smoke" / "checkpoints", keep=2).choose("last") == 20
+
+
+@pytest.mark.parametrize("run", ["smoke", "new"])
+def test_tokens_changed_in_place_are_not_trained_on(here: Path, capsys: pytest.CaptureFixture[str], run: str) -> None:
+    """Neither on a resume, whose end would be another one, nor at a start."""
+    shutil.rmtree(here / "runs" / "smoke" / "checkpoints" / "step-00000020")
+    (path,) = here.glob("data/tokens/*/code/train.bin")
+    tokens = bytearray(path.read_bytes())
+    tokens[100] ^= 1
+    path.write_bytes(tokens)
+    sentence = refused(capsys, "train", "smoke", "--run", run, "--set", "export_name=again")
+    assert "train.bin of source 'code' changed since it was written" in sentence
+    assert "prepare" in sentence
+    assert "changed since it was written" in (here / "runs" / run / "training.log").read_text()

@@ -23,7 +23,7 @@ from trainer.__main__ import main
 from trainer.corpus.documents import read_documents
 from trainer.corpus.survey import document_hash
 from trainer.prepare import PreparedData, load_prepared, prepare
-from trainer.token_file import open_token_file, verify_token_file
+from trainer.token_file import open_token_file, verify_tokens
 
 SOURCES = ("input", "code", "math")
 
@@ -214,13 +214,17 @@ def test_only_blank_lines_are_no_text(data_dir: Path) -> None:
 
 
 def test_damaged_files_are_noticed(data_dir: Path) -> None:
-    prepared(data_dir)
+    verify_tokens(prepared(data_dir).token_files)
     folder = data_dir / "tokens" / "input"
+    for name in ("train.bin", "held_out.bin"):
+        tokens = bytearray((folder / name).read_bytes())
+        tokens[10] ^= 1
+        (folder / name).write_bytes(tokens)
+        with pytest.raises(DataError, match=rf"{name} of source 'input' changed since it was written"):
+            verify_tokens(prepared(data_dir).token_files)
+        tokens[10] ^= 1
+        (folder / name).write_bytes(tokens)
     tokens = bytearray((folder / "train.bin").read_bytes())
-    tokens[10] ^= 1
-    (folder / "train.bin").write_bytes(tokens)
-    with pytest.raises(DataError, match="changed since it was written"):
-        verify_token_file(folder)
     (folder / "train.bin").write_bytes(tokens[:-2])
     with pytest.raises(DataError, match="bytes where"):
         open_token_file(folder)
