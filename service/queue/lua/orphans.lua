@@ -16,7 +16,9 @@ local function take_orphans(taken, worker, model, revision, slots, room, lease_m
       redis.call('PEXPIRE', DEAD, 86400000)
     elseif job[3] ~= '0' and job[4] ~= revision then
       close(id, 'failed', 'error', now, { 'code', 'model_changed' })
-    elseif #taken < slots and tonumber(job[5]) <= room then
+    elseif #taken < slots and tonumber(job[5]) > room then
+      room = 0 -- it waits for room, and nothing passes it: newcomers would take what it waits for, for ever
+    elseif #taken < slots then
       room = room - job[5]
       redis.call('HSET', JOB .. id, 'lost', lost)
       taken[#taken + 1] = lease(id, job[1] + (silent and 1 or 0), worker, revision, now, lease_ms)

@@ -252,6 +252,17 @@ async def test_orphans_come_before_the_queue(bench: Bench) -> None:
     assert bench.take()[0].id == first.id
 
 
+async def test_nothing_passes_an_orphan_that_waits_for_room(bench: Bench) -> None:
+    """Small jobs would take the room that a large one needs, again and again."""
+    large = await bench.admit(max_new_tokens=500)
+    [job] = bench.take()
+    bench.workers["worker"].release([job])
+    small = await bench.admit()
+    worker = bench.workers["worker"]
+    assert worker.next(MODEL, REVISION, num_slots=4, num_tokens=100) == []
+    assert [job.id for job in worker.next(MODEL, REVISION, num_slots=4, num_tokens=1_000)] == [large.id, small.id]
+
+
 async def test_job_that_kills_its_workers_is_failed(bench: Bench) -> None:
     admission = await bench.admit()
     other = await bench.admit()
