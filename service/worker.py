@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -191,7 +191,7 @@ class Worker:
 
     def step(self, host: Host) -> None:
         """Advance one engine by one step."""
-        before = replace(host.engine.statistics)
+        before = host.engine.statistics
         started_s = time.monotonic()
         try:
             outputs = host.engine.step()
@@ -332,7 +332,7 @@ class Worker:
             details={
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
-                "cached_tokens": sum(engine.totals.cached_tokens for engine in engines),
+                "cached_tokens": sum(engine.statistics.cached_tokens for engine in engines),
                 "max_cached_tokens": sum(engine.cache.max_cached_tokens for engine in engines),
             },
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -103,6 +103,7 @@ class Engine:
         self.sequences: dict[str, Sequence] = {}
         self.ended_early: list[Output] = []
         self.totals = Statistics()
+        """Those of its fields that are counted; `statistics` fills in the rest."""
 
     @property
     def has_work(self) -> bool:
@@ -120,14 +121,19 @@ class Engine:
 
     @property
     def statistics(self) -> Statistics:
-        totals, running = self.totals, self.scheduler.running
-        totals.num_waiting, totals.num_running = len(self.scheduler.waiting), len(running)
-        totals.cached_tokens = sum(sequence.num_cached for sequence in running)
-        totals.num_shared_tokens = self.scheduler.num_shared_tokens
-        totals.kept_bytes = min(self.cache.num_needed, self.cache.max_cached_tokens) * self.cache.bytes_per_token
-        totals.cache_limit_bytes = self.cache.max_cached_tokens * self.cache.bytes_per_token
-        totals.cached_bytes = totals.cached_tokens * self.cache.bytes_per_token
-        return totals
+        """As they are now; what was returned before does not change."""
+        running, cache = self.scheduler.running, self.cache
+        cached_tokens = sum(sequence.num_cached for sequence in running)
+        return replace(
+            self.totals,
+            num_shared_tokens=self.scheduler.num_shared_tokens,
+            num_waiting=len(self.scheduler.waiting),
+            num_running=len(running),
+            cached_tokens=cached_tokens,
+            cached_bytes=cached_tokens * cache.bytes_per_token,
+            kept_bytes=min(cache.num_needed, cache.max_cached_tokens) * cache.bytes_per_token,
+            cache_limit_bytes=cache.max_cached_tokens * cache.bytes_per_token,
+        )
 
     def forget_statistics(self) -> None:
         """Count from here on; what the cache holds for later prompts is forgotten too."""
