@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import urllib.error
 import urllib.request
@@ -11,9 +12,11 @@ from collections.abc import Sequence
 
 from service.api_keys import hash_of, new_key
 from service.engine.kernels.build import compile_ahead
-from service.settings import Settings, get_settings
+from service.settings import Settings, doubtful_names, get_settings, given_names
 from shared.errors import SmolLMError
 from shared.log import configure_logging
+
+log = logging.getLogger("service")
 
 DESCRIPTION = """\
 Serve language models over HTTP, with a bounded queue in Redis between the two kinds of process.
@@ -81,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "health":
         return health(settings, must_be_ready=options.ready)
     configure_logging(options.command, style=settings.log_format)
+    for sentence in doubtful_names(given_names()):
+        log.warning("%s", sentence)
     try:
         if options.command == "api":
             from service.api.server import run_api

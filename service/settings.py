@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
+from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -13,6 +17,9 @@ from service.api_keys import ApiKey, parse_list
 from service.queue.job import QueueLimits
 from shared.errors import ConfigError
 
+PREFIX = "SMOLLM_"
+SETTINGS_OF_OTHERS = ("SMOLLM_API_URL", "SMOLLM_API_KEY", "SMOLLM_DATA_DIR", "SMOLLM_TEXT_DIR")
+"""The page's and the trainer's, which one .env may hold too."""
 MAX_S = 30 * 24 * 3_600
 """No span of time is longer than a month: every key in Redis lives as long as its job may."""
 
@@ -20,7 +27,7 @@ MAX_S = 30 * 24 * 3_600
 class Settings(BaseSettings):
     """One frozen object, read once at start."""
 
-    model_config = SettingsConfigDict(env_prefix="SMOLLM_", env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
 
     # Where things are
     redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="Redis >= 7.0 or Valkey >= 7.2")
@@ -112,6 +119,28 @@ class Settings(BaseSettings):
     @classmethod
     def empty_is_none(cls, value: object) -> object:
         return value or None
+
+
+def variables() -> list[str]:
+    """Return the settings as the environment calls them."""
+    return [str(field.validation_alias or f"{PREFIX}{name}".upper()) for name, field in Settings.model_fields.items()]
+
+
+def doubtful_names(given: Iterable[str]) -> list[str]:
+    """Say of names in the environment that are nearly one of ours what was probably meant: they set nothing."""
+    known = {name.removeprefix(PREFIX): name for name in (*variables(), *SETTINGS_OF_OTHERS)}
+    sentences = []
+    for name in sorted(name for name in given if name.upper().startswith(PREFIX)):
+        own_part = name.upper().removeprefix(PREFIX)
+        nearest = difflib.get_close_matches(own_part, known, n=1, cutoff=0.7)
+        if nearest and name.upper() != known[nearest[0]]:
+            sentences.append(f"There is no setting {name}, so it sets nothing; did you mean {known[nearest[0]]}?")
+    return sentences
+
+
+def given_names() -> set[str]:
+    """Return what the environment and .env set."""
+    return {*os.environ, *dotenv_values(".env")}
 
 
 @functools.cache

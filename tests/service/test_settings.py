@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from frontend.settings import Settings as PageSettings
 from service.queue.job import QueueLimits
-from service.settings import Settings, get_settings
+from service.settings import Settings, doubtful_names, get_settings
 from shared.errors import ConfigError
+from tests.env_example import variables_of
 from tests.processes import ROOT
+from trainer.config import Directories
 
 
 @pytest.mark.parametrize(
@@ -66,3 +70,26 @@ def test_a_level_of_kernels_that_is_not_there_ends_the_start(kernels: str, tmp_p
     )
     assert ended.returncode == ConfigError.exit_code
     assert f"kernels is {kernels!r}, but this CPU has no such level; use auto, off, " in ended.stderr
+
+
+def test_a_misspelt_setting_is_told_what_was_meant() -> None:
+    given = ["SMOLLM_WEIGTHS", "smollm_slots", "SMOLLM_API_PORT", "SMOLLM_MODEL_DIR", "SMOLLM_SERVICE_HOST", "PATH"]
+    meant = ["API_PORT", "SMOLLM_MODELS_DIR", "SMOLLM_WEIGHTS", "SMOLLM_NUM_SLOTS"]
+    assert [sentence.rpartition("did you mean ")[2].rstrip("?") for sentence in doubtful_names(given)] == meant
+
+
+def test_no_setting_of_any_process_is_doubted() -> None:
+    every = [*variables_of(Settings), *variables_of(PageSettings), *variables_of(Directories)]
+    assert doubtful_names(every) == []
+
+
+def test_a_misspelt_setting_in_env_is_a_warning_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("SMOLLM_WEIGTHS=int8\n")
+    command = [sys.executable, "-m", "service", "api"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that it ends at once
+        environment = {**os.environ, "API_PORT": str(taken.getsockname()[1]), "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+    assert "There is no setting SMOLLM_WEIGTHS, so it sets nothing; did you mean SMOLLM_WEIGHTS?" in ended.stderr
+    assert ended.returncode == 2
