@@ -115,10 +115,10 @@ class Publisher:
             pending = self.pending[job.id] = Pending(job, output.first_index)
         pending.add(output)
 
-    def fail(self, job: LeasedJob, error: str) -> None:
-        """End a job that cannot be served; `error` is one sentence for its client."""
+    def fail(self, job: LeasedJob, error: str, *, code: str | None = None) -> None:
+        """End a job that cannot be served; `error` is one sentence for its client, `code` for programs."""
         pending = self.pending.setdefault(job.id, Pending(job, len(job.completion_ids)))
-        pending.finish = Finish(reason="error", error=error)
+        pending.finish = Finish(reason="error", error=error, code=code)
 
     def drop(self, job_id: str) -> None:
         """Forget what was not delivered: nobody wants it any more."""

@@ -159,6 +159,11 @@ class Worker:
         self.running[job.id] = Running(job, host)
         self.observer.took(job, host.name)
         request = job.request
+        if request.options.get("tokenizer", host.engine.tokenizer.sha256) != host.engine.tokenizer.sha256:
+            # Its ids would be read as other words, and nobody would know.
+            sentence = f"The model {host.name!r} was replaced by one with another tokenizer meanwhile; send it again."
+            self.fail(job.id, sentence, code="model_changed")
+            return
         try:
             host.engine.add(
                 Sequence(
@@ -250,10 +255,10 @@ class Worker:
             self.observer.left(job_id, why)
             self.observer.stands(running.host.name, running.host.engine)  # there may be no further step to tell it
 
-    def fail(self, job_id: str, sentence: str) -> None:
+    def fail(self, job_id: str, sentence: str, *, code: str | None = None) -> None:
         """End a job with an error for its client."""
         running = self.running.pop(job_id)
-        self.publisher.fail(running.job, sentence)
+        self.publisher.fail(running.job, sentence, code=code)
         self.observer.left(job_id, "error")
 
     def rest(self) -> None:

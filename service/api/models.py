@@ -120,8 +120,8 @@ class Models:
 
 
 def warm_up(tokenizer: Tokenizer) -> None:
-    """Do here, in a thread, what the first request would otherwise wait for: a table of bytes, a compiled template."""
-    _ = tokenizer.bytes_of_tokens, tokenizer.vocabulary
+    """Do here, in a thread, what the first request would otherwise wait for: tables, a hash, a compiled template."""
+    _ = tokenizer.bytes_of_tokens, tokenizer.vocabulary, tokenizer.sha256
     if tokenizer.has_chat_template:
         with contextlib.suppress(GenerationError):
             tokenizer.render_chat([{"role": "user", "content": ""}])

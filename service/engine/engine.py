@@ -144,13 +144,13 @@ class Engine:
         """Take a sequence; it starts as soon as it fits.
 
         Raises:
-            GenerationError: the prompt is empty or too long, it or `logit_bias` holds an id the model does not know, or
-                the grammar is wrong.
+            GenerationError: the prompt is empty or too long; it, `logit_bias` or what ends the completion holds an id
+                the model does not know; or the grammar is wrong.
         """
         assert sequence.id not in self.sequences, sequence.id
         limit = self.cache.slot_length
         check_prompt(sequence.prompt_ids, self.model.config.vocab_size, limit)
-        sequence.params.check_ids(self.model.config.vocab_size)
+        sequence.check_ids(self.model.config.vocab_size)
         sequence.max_new_tokens = min(sequence.max_new_tokens, limit - len(sequence.prompt_ids))
         released = sequence.prepare(self.tokenizer)
         if released.ended is None or sequence.prompt_scores is not None:

@@ -75,7 +75,7 @@ def load_host(
     started_s = time.monotonic()
     tokenizer = Tokenizer.from_folder(folder.path)
     tokenizer.check_fits(folder.config)
-    _ = tokenizer.bytes_of_tokens, tokenizer.vocabulary  # tables that the first request would wait for
+    _ = tokenizer.bytes_of_tokens, tokenizer.vocabulary, tokenizer.sha256  # what the first request would wait for
     model, network = load_network(folder, device=device, dtype=dtype, weights=weights, kernels=kernels)
     engine = Engine(
         model,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from service.engine.drafting import Drafter
 from service.engine.stopping import Released, Stopping
 from shared.grammar import Grammar
-from shared.sampling import SamplingParams, SamplingRow
+from shared.sampling import SamplingParams, SamplingRow, require
 from shared.scores import PromptScores
 from shared.tokenizer import Tokenizer
 
@@ -66,6 +66,17 @@ class Sequence:
         if self.scores_prompt and not self.completion_ids:  # else they were delivered with the first token
             self.prompt_scores = []
         self.row = SamplingRow(self.params, self.prompt_ids, self.completion_ids)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuse ids beside the prompt's that the model does not have.
+
+        Raises:
+            GenerationError: it names the id.
+        """
+        self.params.check_ids(vocab_size)
+        for what, token_ids in (("an end token", self.end_token_ids), ("a stop token", self.stop_token_ids)):
+            for token_id in token_ids:
+                require(0 <= token_id < vocab_size, what, token_id, f"from 0 to {vocab_size - 1}")
 
     def prepare(self, tokenizer: Tokenizer) -> Released:
         """Stand behind what an earlier attempt delivered, with its text; return what the last of that brought.

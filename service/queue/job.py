@@ -39,8 +39,9 @@ class JobRequest:
     logprobs: int | None = None
     """How many alternatives to report beside each token's own log-probability; None reports nothing."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the engine takes beside it (`ignore_eos`, `stop_token_ids`, `grammar`, `scores_prompt`), and what only the
-    API reads again, for its answer: warnings, the client's own parameters."""
+    """What the engine takes beside it (`ignore_eos`, `stop_token_ids`, `grammar`, `scores_prompt`), the sha256 of the
+    `tokenizer` whose ids these are, and what only the API reads again, for its answer: warnings, the client's own
+    parameters."""
 
     @property
     def cost(self) -> int:
@@ -133,7 +134,7 @@ class Finish:
     error: str | None = None
     """One sentence for the client, where the reason is "error"."""
     code: str | None = None
-    """"worker_lost" or "model_changed" where the queue itself gave up."""
+    """"worker_lost" or "model_changed", where that is why; None where only the sentence says it."""
 
 
 @dataclass(frozen=True, kw_only=True)

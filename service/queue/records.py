@@ -7,7 +7,7 @@ from typing import Any
 
 from service.queue.job import Chunk, Completion, Finish, JobRecord, JobRequest, JobState, LeasedJob
 
-ERROR_OF_CODE = {
+ERROR_OF_CODE = {  # where the queue itself gave up; a worker says it in its own sentence
     "worker_lost": "Every worker that took this job stopped answering, so it is not tried again; change the request.",
     "model_changed": "The worker was lost in the middle of the answer and the model was replaced since; send it again.",
 }
@@ -104,11 +104,11 @@ def join_chunks(chunks: Sequence[tuple[int, Chunk]]) -> Completion:
 
 
 def _finish(fields: dict[str, str]) -> Finish:
-    code = fields.get("code")
+    code = fields.get("code") or None
     return Finish(
         reason=fields["reason"],  # type: ignore[arg-type]  # written from Finish.reason or one of its words in Lua
         stop_sequence=fields.get("stop_sequence") or None,
-        error=ERROR_OF_CODE[code] if code else fields.get("error") or None,
+        error=fields.get("error") or (ERROR_OF_CODE[code] if code else None),
         code=code,
     )
 

@@ -220,7 +220,7 @@ class WorkerQueue:
                 content = "" if chunk.is_empty else chunk.to_json()
                 span = [chunk.first_index, chunk.end_index, len(chunk.text), content]
             arguments += [job.id, job.attempt, *span, STATE_OF_REASON[finish.reason], finish.reason]
-            arguments += [finish.stop_sequence or "", finish.error or ""]
+            arguments += [finish.stop_sequence or "", finish.error or "", finish.code or ""]
             arguments += [(timings or {}).get(name, "") for name in ("prefill_ms", "cached_tokens")]
         flat = self._scripts.run("finish", *arguments)
         return _verdicts(flat[::2], flat[1::2])

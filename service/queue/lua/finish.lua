@@ -1,7 +1,7 @@
 -- flags: allow-oom
 -- needs: backlog close fence
 -- End several jobs with their last chunk in one step, so that no ending is ever seen without its text.
--- ARGV per job: id attempt first last length chunk state reason stop_sequence error prefill_ms cached_tokens
+-- ARGV per job: id attempt first last length chunk state reason stop_sequence error code prefill_ms cached_tokens
 local now, answers = now_ms(), {}
 
 -- Cost served per second: this job's own rate times the jobs that ran beside it (Little's law). Those that end in this
@@ -24,7 +24,7 @@ local function measure(id, model)
   end
 end
 
-for i = 1, #ARGV, 12 do
+for i = 1, #ARGV, 13 do
   local id, state, index = ARGV[i], ARGV[i + 6], 0
   local job, verdict, already = fenced(id, ARGV[i + 1], now)
   if already == state then
@@ -36,8 +36,8 @@ for i = 1, #ARGV, 12 do
     if verdict == 'ok' then
       if state == 'succeeded' and ARGV[i + 1] == '1' then measure(id, job[6]) end
       local tail = first == last and chunk ~= '' and chunk or nil
-      local details = { 'stop_sequence', ARGV[i + 8], 'error', ARGV[i + 9], 'prefill_ms', ARGV[i + 10],
-        'cached_tokens', ARGV[i + 11] }
+      local details = { 'stop_sequence', ARGV[i + 8], 'error', ARGV[i + 9], 'code', ARGV[i + 10],
+        'prefill_ms', ARGV[i + 11], 'cached_tokens', ARGV[i + 12] }
       close(id, state, ARGV[i + 7], now, details, tail)
     end
   end

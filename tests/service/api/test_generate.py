@@ -72,7 +72,7 @@ def test_the_worker_gets_what_the_client_asked(
     assert request.sampling == asked
     assert request.prompt_ids == tuple(tokenizer.encode("All:"))
     assert request.max_new_tokens == 2 and request.stop == ("a", "\n") and request.logprobs == 2
-    assert request.model == "tiny"
+    assert request.model == "tiny" and request.options["tokenizer"] == tokenizer.sha256
 
 
 def test_a_seed_is_drawn_and_told(client: httpx2.Client, worker: ScriptedWorker) -> None:
