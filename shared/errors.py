@@ -15,6 +15,11 @@ What only a programmer can cause is an `assert`, never one of these.
 from __future__ import annotations
 
 
+def first_line(error: object) -> str:
+    """Cut what somebody else's code says to its first line, at most 200 characters, to stand in a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 class SmolLMError(Exception):
     """Base of every error that is the user's to mend."""
 

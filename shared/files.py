@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,8 +59,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     with storage_errors(target):
-        if target.is_file():
-            raise FileExistsError(errno.EEXIST, "a file of that name", str(target))
+        refuse_file(target)
         temporary.mkdir(parents=True)
         try:
             yield temporary
@@ -71,6 +71,25 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(target.parent)
+
+
+def check_target(target: Path) -> None:
+    """Refuse before hours of work what `atomic_folder` would refuse after them.
+
+    Raises:
+        StorageError: nothing can be written beside `target`, or a file has its name.
+    """
+    with storage_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    with storage_errors(target):
+        refuse_file(target)
+
+
+def refuse_file(target: Path) -> None:
+    if target.is_file():
+        raise FileExistsError(errno.EEXIST, "a file has the folder's name", str(target))
 
 
 def put_in_place(folder: Path, target: Path) -> None:

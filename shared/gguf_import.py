@@ -53,7 +53,7 @@ def import_gguf(path: Path) -> tuple[SmolLM2, Tokenizer]:
 
     reader = open_gguf(path)
     config = read_gguf_config(reader, path)
-    tokenizer = read_gguf_tokenizer(path, reader)
+    tokenizer = read_gguf_tokenizer(reader, path)
     tokenizer.check_fits(config)
     tensors = GgufTensors(reader, config, path)
     model = model_from_tensors(tensors, config, path, device=torch.device("cpu"), dtype=torch.float32)
@@ -154,13 +154,12 @@ def halves_from_pairs(weight: NDArray[np.float32], num_heads: int) -> NDArray[np
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def read_gguf_tokenizer(path: Path, reader: Any = None) -> Tokenizer:
+def read_gguf_tokenizer(reader: Any, path: Path) -> Tokenizer:
     """Build the tokenizer from a GGUF file's metadata.
 
     Raises:
         TokenizerError: it has none, or splits text otherwise than SmolLM2.
     """
-    reader = reader or open_gguf(path)
     kind, split = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre")
     if (kind, split) != ("gpt2", "smollm"):
         raise TokenizerError(

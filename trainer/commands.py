@@ -17,7 +17,7 @@ from trainer import report
 from trainer.config import NAME_PATTERN, NAME_RULE, Directories, PromptSection, TrainConfig
 from trainer.corpus.files import check_leads_somewhere
 from trainer.evaluate import evaluate as evaluate_model
-from trainer.export import export_model
+from trainer.export import export_details, export_model
 from trainer.finished import already_finished
 from trainer.hardware import Hardware
 from trainer.memory import memory_errors
@@ -28,7 +28,7 @@ from trainer.prepare import PreparedData
 from trainer.processes import Processes
 from trainer.recipe import load_recipe
 from trainer.recipe_data import load_data, prepare_data
-from trainer.run import Run, export_details
+from trainer.run import Run
 from trainer.run_folder import RunFolder
 from trainer.run_log import RunLog
 from trainer.sample import sample_texts

@@ -17,8 +17,10 @@ from shared.errors import WeightsError
 from shared.gguf_export import GgufKind
 from shared.model import DecoderLayer, SmolLM2
 from shared.tokenizer import Tokenizer
+from trainer.config import TrainConfig
 from trainer.evaluate import held_out_windows
 from trainer.loss import IGNORED
+from trainer.run_folder import RunFolder
 from trainer.token_file import TokenFile
 
 logger = logging.getLogger("trainer")
@@ -123,6 +125,17 @@ def export_model(
         gguf_kinds=gguf_kinds,
     )
     return Export(folder=folder, manifest=manifest, parity=parity)
+
+
+def export_details(folder: RunFolder, config: TrainConfig, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What an export's manifest says of where its weights come from."""
+    return {
+        "run": folder.name,
+        "step": state["step"],
+        "data_hash": state["data_hash"],
+        "recipe": config.name,
+        "recipe_settings": config.model_dump(mode="json", exclude_none=True),
+    }
 
 
 def compare_halves(

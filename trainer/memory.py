@@ -11,7 +11,7 @@ import torch
 
 from shared.config import ModelConfig
 from shared.device import Choice, cgroup_folders, is_out_of_memory
-from shared.errors import ConfigError
+from shared.errors import ConfigError, first_line
 from trainer.config import TrainConfig
 
 ACTIVATION_BYTES = 24
@@ -108,7 +108,7 @@ def memory_errors() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         reason = reason.partition("err == 0. ")[2] or reason  # what stands before it is PyTorch's own check
         raise ConfigError(
             f"no memory is left ({reason}): lower micro_batch_size and raise gradient_accumulation_steps, set "

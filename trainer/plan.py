@@ -109,12 +109,6 @@ def lay_out(stages: list[Stage], token_files: Mapping[str, TokenFile], batch_siz
     """Count every source's tokens per stage; `epochs` counts windows drawn over windows there are."""
     curriculum = Curriculum(stages, batch_size)
     windows = {name: token_files[name].num_windows(sequence_length) for name in curriculum.sources}
-    for name, count in windows.items():
-        if count < 1:
-            raise DataError(
-                f"source {name!r} has {len(token_files[name].train)} tokens to train on, fewer than one window of "
-                f"{sequence_length + 1}: add text or lower sequence_length"
-            )
     rows = []
     for stage in stages:
         before, after = curriculum.counts_through(stage.start_step), curriculum.counts_through(stage.end_step)

@@ -25,12 +25,10 @@ from trainer.corpus.files import FileText
 from trainer.corpus.find import find_text
 from trainer.corpus.hub import HubText
 from trainer.corpus.survey import Survey, document_hash, survey_files, survey_stream
-from trainer.corpus.text import Documents
+from trainer.corpus.text import Documents, Text
 from trainer.progress import Progress
 from trainer.token_file import FORMAT, MAX_VOCAB_SIZE, TOKEN_DTYPE, TokenFile, open_token_file, read_manifest
 from trainer.token_writer import UnfinishedTokens, read_note
-
-__all__ = ["PreparedData", "TokenFile", "load_prepared", "prepare"]
 
 log = logging.getLogger("trainer")
 
@@ -138,12 +136,12 @@ def read_note_of(path: Path) -> dict[str, Any]:
 class Work:
     """The texts of one recipe on their way to token files; each is surveyed at most once, and only if need be."""
 
-    def __init__(self, texts: Sequence[FileText | HubText], output_dir: Path, held_out_share: float) -> None:
+    def __init__(self, texts: Sequence[Text], output_dir: Path, held_out_share: float) -> None:
         self.texts, self.output_dir, self.held_out_share = texts, output_dir, held_out_share
         self.identities = {text.source: text.identity() for text in texts}
         self._surveys: dict[str, Survey] = {}
 
-    def survey(self, text: FileText | HubText) -> Survey:
+    def survey(self, text: Text) -> Survey:
         if text.source not in self._surveys:
             share = self.held_out_share
             self._surveys[text.source] = (
@@ -208,7 +206,7 @@ def check_room(folder: Path, num_tokens: int) -> None:
         )
 
 
-def sample_documents(text: FileText | HubText, found: Survey) -> Iterator[str]:
+def sample_documents(text: Text, found: Survey) -> Iterator[str]:
     """Yield training documents up to `TOKENIZER_SAMPLE_CHARACTERS`: spread over a file, the first of a stream."""
     every = max(1, -(-(found.num_bytes or 0) // TOKENIZER_SAMPLE_CHARACTERS))
     size = 0
@@ -220,7 +218,7 @@ def sample_documents(text: FileText | HubText, found: Survey) -> Iterator[str]:
             return
 
 
-def encode_text(text: FileText | HubText, tokenizer: Tokenizer, folder: Path, note: Mapping[str, Any]) -> None:
+def encode_text(text: Text, tokenizer: Tokenizer, folder: Path, note: Mapping[str, Any]) -> None:
     """Write one source's token files, from the beginning or from where an earlier process noted that it was."""
     found = Survey(**note["survey"])
     with storage_errors(folder), UnfinishedTokens(folder, note) as tokens:
@@ -247,7 +245,7 @@ def encode_text(text: FileText | HubText, tokenizer: Tokenizer, folder: Path, no
     log.info("%s: %s tokens to train on, %s held out", text.source, *counts)
 
 
-def encoding_progress(text: FileText | HubText, found: Survey, tokens: UnfinishedTokens) -> Progress:
+def encoding_progress(text: Text, found: Survey, tokens: UnfinishedTokens) -> Progress:
     """Count tokens where their number is known beforehand, bytes of text otherwise."""
     total, done, unit = found.num_bytes or 0, tokens.num_bytes, "B"
     if text.max_tokens:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from shared.device import peak_flops
 from shared.errors import ConfigError
+from shared.files import check_target
 from shared.model import SmolLM2
 from trainer import report
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate, mean_loss
-from trainer.export import export_model
+from trainer.export import export_details, export_model
 from trainer.metrics import MFU_FORMULA, Clock, Metrics, SharesDrawn, flops_per_token
 from trainer.optimizer import describe_groups
 from trainer.plot import plot_run
@@ -57,10 +58,11 @@ class Run:
         Raises:
             ConfigError: the folder holds a run of another recipe or of other data.
             WeightsError: every checkpoint is damaged.
-            StorageError: the disk refuses, or has no room for the checkpoints.
+            StorageError: the disk refuses, or has no room for the checkpoints, or the export could not be written.
         """
         self.config, self.data, self.folder, self.log = config, data, folder, log
         self.export_folder = models_dir / (config.export_name or folder.name)
+        check_target(self.export_folder)
         self.stages = config.curriculum_stages()
         self.processes = processes or Processes()
         self.trainer = Trainer(config, data, self.processes)
@@ -386,14 +388,3 @@ class Run:
         )
         self.record_run("finished")
         return True
-
-
-def export_details(folder: RunFolder, config: TrainConfig, state: dict[str, Any]) -> dict[str, Any]:
-    """What an export's manifest says of where its weights come from."""
-    return {
-        "run": folder.name,
-        "step": state["step"],
-        "data_hash": state["data_hash"],
-        "recipe": config.name,
-        "recipe_settings": config.model_dump(mode="json", exclude_none=True),
-    }

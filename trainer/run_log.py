@@ -8,23 +8,23 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
 from shared.errors import SmolLMError
 from shared.files import storage_errors
+from shared.log import told_every
 
 PLAIN_PROGRESS_EVERY_S = 10.0
 LIFE_EVERY_S = 3.0
 
 
 class RunLog:
-    """Attach to the logger "trainer" as long as a run lasts."""
+    """Hear the loggers "trainer" and "shared", which brings public weights, as long as a run lasts."""
 
     def __init__(self, path: Path, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
@@ -34,10 +34,12 @@ class RunLog:
             self.file_handler = logging.FileHandler(path, encoding="utf-8")
         self.file_handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         self.console_handler = ConsoleHandler(self.stream)
-        self.logger.addHandler(self.file_handler)
-        self.logger.addHandler(self.console_handler)
-        self.propagated, self.logger.propagate = self.logger.propagate, False
-        self.logger.setLevel(logging.INFO)
+        self.heard = {logger: (logger.propagate, logger.level) for logger in (self.logger, logging.getLogger("shared"))}
+        for logger in self.heard:
+            logger.addHandler(self.file_handler)
+            logger.addHandler(self.console_handler)
+            logger.propagate = False
+            logger.setLevel(logging.INFO)
 
     def __enter__(self) -> Self:
         return self
@@ -67,33 +69,26 @@ class RunLog:
         self.console_handler.progress(text, live)
         self.spoke_at = time.monotonic()
 
-    @contextmanager
-    def alive(self, what: str, *, every_s: float = LIFE_EVERY_S) -> Iterator[None]:
-        """While the block runs, tell the console every few seconds what takes so long; nothing where it is quick."""
-        ended, started = threading.Event(), time.monotonic()
+    def alive(self, what: str, *, every_s: float = LIFE_EVERY_S) -> AbstractContextManager[None]:
+        """While a block runs, tell the console every few seconds what takes so long; nothing where it is quick."""
 
-        def tell() -> None:
-            while not ended.wait(every_s):
-                self.console_handler.alive(f"{what}: {time.monotonic() - started:.0f} s so far")
-                self.spoke_at = time.monotonic()
+        def tell(seconds: float) -> None:
+            self.console_handler.alive(f"{what}: {seconds:.0f} s so far")
+            self.spoke_at = time.monotonic()
 
-        teller = threading.Thread(target=tell, name="alive", daemon=True)
-        teller.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            teller.join()
+        return told_every(every_s, tell)
 
     def to_file(self, text: str) -> None:
         self.file_handler.handle(self.logger.makeRecord("trainer", logging.INFO, "", 0, text, (), None))
 
     def close(self) -> None:
         self.console_handler.end_progress()
-        for handler in (self.file_handler, self.console_handler):
-            self.logger.removeHandler(handler)
+        for logger, (propagated, level) in self.heard.items():
+            logger.removeHandler(self.file_handler)
+            logger.removeHandler(self.console_handler)
+            logger.propagate = propagated
+            logger.setLevel(level)
         self.file_handler.close()
-        self.logger.propagate = self.propagated
 
 
 class ConsoleHandler(logging.Handler):

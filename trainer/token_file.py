@@ -48,7 +48,16 @@ class TokenFile:
     manifest: dict[str, Any]
 
     def num_windows(self, sequence_length: int) -> int:
-        """Windows of sequence_length + 1 tokens; neighbours share one: the last target of one opens the next."""
+        """Windows of sequence_length + 1 tokens; neighbours share one: the last target of one opens the next.
+
+        Raises:
+            DataError: there is not one.
+        """
+        if len(self.train) <= sequence_length:
+            raise DataError(
+                f"source {self.source!r} has {len(self.train)} tokens to train on, fewer than one window of "
+                f"{sequence_length + 1}: add text or lower sequence_length"
+            )
         return (len(self.train) - 1) // sequence_length
 
 

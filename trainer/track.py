@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, first_line
 
 logger = logging.getLogger("trainer")
 
@@ -39,9 +39,8 @@ class Tracker:
         try:
             self.run = package.init(project=PROJECT, name=run, config=dict(settings), resume="allow")
         except Exception as error:  # no login, no network, no disk: each package has errors of its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"track is {which!r} and it cannot begin ({reason}): mend that, or set track to 'off'"
+                f"track is {which!r} and it cannot begin ({first_line(error)}): mend that, or set track to 'off'"
             ) from error
 
     def log(self, numbers: Mapping[str, float], *, step: int) -> None:

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from benchmarks.strings import awkward_strings
 from shared.errors import TokenizerError, WeightsError
-from shared.gguf_import import TENSOR_NAMES, import_gguf
+from shared.gguf_import import TENSOR_NAMES, import_gguf, open_gguf, read_gguf_tokenizer
 from shared.model import SmolLM2
-from shared.tokenizer import Tokenizer
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
 
 GGUF_NAMES = {theirs: ours for ours, theirs in TENSOR_NAMES.items()}
@@ -92,7 +91,7 @@ def test_quantised_weights_come_back_nearly(tmp_path: Path, quantization: str, l
 def test_the_tokenizer_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_model())
-    tokenizer = Tokenizer.from_gguf(path)
+    tokenizer = read_gguf_tokenizer(open_gguf(path), path)
     strings = awkward_strings(300, seed=3)
     assert tokenizer.encode_batch(strings) == tiny_tokenizer().encode_batch(strings)
     assert tokenizer.special_tokens == tiny_tokenizer().special_tokens

@@ -256,6 +256,15 @@ def test_elsewhere_progress_is_a_plain_line_now_and_then(tmp_path: Path) -> None
     assert stream.getvalue() == "step 1\n"
 
 
+def test_what_is_brought_on_the_way_is_told_too(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with RunLog(tmp_path / "training.log", stream):
+        logging.getLogger("shared.pretrained").info("bringing the public weights")
+    logging.getLogger("shared.pretrained").info("not of this run")
+    assert stream.getvalue() == "bringing the public weights\n"
+    assert (tmp_path / "training.log").read_text().endswith("bringing the public weights\n")
+
+
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_what_takes_long_says_so_and_what_is_quick_does_not(tmp_path: Path, is_terminal: bool) -> None:
     stream = io.StringIO()

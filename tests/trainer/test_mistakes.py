@@ -232,3 +232,20 @@ def test_tokens_changed_in_place_are_not_trained_on(here: Path, capsys: pytest.C
     assert "train.bin of source 'code' changed since it was written" in sentence
     assert "prepare" in sentence
     assert "changed since it was written" in (here / "runs" / run / "training.log").read_text()
+
+
+@pytest.mark.usefixtures("modes_hold")
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (file_instead_of("models"), "cannot write models: a file stands where a folder is needed"),
+        (file_instead_of("models/new"), "cannot write models/new: a file stands where a folder is needed"),
+        (lambda root: (root / "models").chmod(0o555), "cannot write models: permission is denied"),
+    ],
+)
+def test_an_export_that_would_fail_is_told_before_the_first_step(
+    here: Path, capsys: pytest.CaptureFixture[str], prepare: Preparation, words: str
+) -> None:
+    prepare(here)
+    assert words in refused(capsys, "train", "smoke", "--run", "new")
+    assert not list((here / "runs" / "new").glob("checkpoints/*"))

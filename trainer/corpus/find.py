@@ -18,6 +18,7 @@ from trainer.corpus.files import FileText, named_files
 from trainer.corpus.hub import HubText
 from trainer.corpus.shakespeare import bring_plays
 from trainer.corpus.standard_library import bring_standard_library
+from trainer.corpus.text import Text
 from trainer.corpus.word_problems import bring_word_problems
 
 log = logging.getLogger("trainer")
@@ -37,7 +38,7 @@ def find_text(
     *,
     files: Mapping[str, Sequence[str]] | None = None,
     datasets: Mapping[str, HubText] | None = None,
-) -> FileText | HubText:
+) -> Text:
     """Return a source's text, bringing or generating it where the user gave none; says what it used and why.
 
     Raises:
