@@ -47,7 +47,6 @@ class Sequence:
     """How many of them were copied from another sequence's."""
     is_following: bool = False
     """Whether it waits for another sequence that is computing the same beginning."""
-    num_resumed: int = field(init=False)
     prompt_scores: list[PromptScores] | None = field(init=False, default=None)
     """Those of the pieces of the prompt computed so far, until the first output takes them along; None: not wanted."""
     stopping: Stopping = field(init=False)
@@ -62,7 +61,6 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.completion_ids = list(self.completion_ids)
-        self.num_resumed = len(self.completion_ids)
         if self.scores_prompt and not self.completion_ids:  # else they were delivered with the first token
             self.prompt_scores = []
         self.row = SamplingRow(self.params, self.prompt_ids, self.completion_ids)

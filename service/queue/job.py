@@ -66,11 +66,8 @@ class LeasedJob:
     request: JobRequest
     completion_ids: tuple[int, ...] = ()
     """Tokens an earlier attempt already delivered; this attempt goes on behind them."""
-    completion_text: str = ""
-    """Text those tokens already released to the client."""
     chunks: tuple[Chunk, ...] = ()
     """The same, as they were delivered: sent again if a restarted Redis lost them."""
-    deadline_ms: int = 0
     trace: str | None = None
     """The client's W3C traceparent."""
 

@@ -116,7 +116,7 @@ class JobQueue:
             priority: 0 high, 1 normal, 2 batch.
             timeout_s: from now until the job expires, queued or running.
             idempotency: (Idempotency-Key, hash of the body).
-            cancel_on_disconnect: cancel when nobody calls `touch_watch` for 15 s.
+            cancel_on_disconnect: cancel when nobody has followed it (`TokenStreams`) for 15 s.
 
         Raises:
             QueueFull: too many jobs or too much cost are waiting, in all or of this key, or its rate is used up;
@@ -229,10 +229,6 @@ class JobQueue:
         self.forget(job_id)
         await self._scripts.run("cancel", job_id)
         return await self.get(job_id)
-
-    async def touch_watch(self, *job_ids: str) -> None:
-        """Say that somebody still listens to these jobs; call every few seconds."""
-        await self._scripts.run("touch", keys.WATCH_MS, *job_ids)
 
     async def reap(self) -> int:
         """Close jobs whose deadline passed or whose listener is gone; call about once a second."""

@@ -51,16 +51,14 @@ def read_record(job_id: str, reply: Sequence[Any]) -> JobRecord | None:
 
 def read_lease(reply: Sequence[Any]) -> LeasedJob:
     """Return the job that `next.lua` handed out."""
-    job_id, attempt, request, trace, deadline, entries = reply
+    job_id, attempt, request, trace, entries = reply
     chunks = tuple(chunk for _, chunk in read_chunks(entries))
     return LeasedJob(
         id=job_id,
         attempt=int(attempt),
         request=JobRequest.from_json(request),
         completion_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        completion_text="".join(chunk.text for chunk in chunks),
         chunks=chunks,
-        deadline_ms=int(deadline),
         trace=trace or None,
     )
 

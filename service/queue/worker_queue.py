@@ -147,10 +147,6 @@ class WorkerQueue:
             self._forget(job)
         return [verdict for verdict, _ in answers]
 
-    def fail(self, job: LeasedJob, error: str) -> Verdict:
-        """End a job that cannot be served; `error` is one sentence its client reads."""
-        return self.finish(job, Finish(reason="error", error=error))
-
     def release(self, jobs: Sequence[LeasedJob]) -> list[Verdict]:
         """Hand jobs over to whoever asks next, at once; this worker's later writes to them are refused."""
         if not jobs:

@@ -67,7 +67,7 @@ async def test_room_returns_with_every_kind_of_ending(bench: Bench) -> None:
     await bench.queue.reap()
     failed = await bench.admit()
     [job] = bench.take()
-    worker.fail(job, "The model cannot serve this.")
+    worker.finish(job, Finish(reason="error", error="The model cannot serve this."))
     statistics = (await bench.queue.statistics())[MODEL]
     assert (statistics.queued, statistics.queued_cost, statistics.running, statistics.running_cost) == (0, 0, 0, 0)
     states = [(await bench.queue.get(each.id)).state for each in (queued, running, expired, failed)]  # type: ignore[union-attr]

@@ -8,6 +8,7 @@ import pytest
 
 from service.queue import keys
 from service.queue.job import Finish, JobState, Verdict
+from service.queue.scripts import BlockingScripts
 from service.queue.streams import TokenStreams
 from tests.service.queue.conftest import MODEL, Bench, chunk, wait_until_async
 
@@ -98,7 +99,7 @@ async def test_job_nobody_listens_to_is_cancelled(bench: Bench) -> None:
     unbothered = await bench.admit()
     await bench.queue.reap()
     let_watchers_be_gone(bench)
-    await bench.queue.touch_watch(watched.id, unbothered.id)
+    BlockingScripts(bench.client).run("touch", keys.WATCH_MS, watched.id, unbothered.id)
     assert await bench.queue.reap() == 1
     states = [(await bench.queue.get(each.id)).state for each in (left, watched, unbothered)]  # type: ignore[union-attr]
     assert states == ["cancelled", "queued", "queued"]
