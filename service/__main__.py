@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from service.api_keys import hash_of, new_key
 from service.engine.kernels.build import compile_ahead
 from service.settings import Settings, doubtful_names, get_settings, given_names
+from shared.catalog import list_model_folders
 from shared.errors import SmolLMError
 from shared.log import configure_logging
 
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for sentence in doubtful_names(given_names()):
         log.warning("%s", sentence)
     try:
+        list_model_folders(settings.models_dir)  # one that cannot be read is a sentence here, not a traceback later
         if options.command == "api":
             from service.api.server import run_api
 

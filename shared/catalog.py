@@ -19,7 +19,7 @@ from typing import Any
 
 from shared.config import ModelConfig
 from shared.errors import ConfigError, SmolLMError, WeightsError
-from shared.files import sha256_file
+from shared.files import reading_errors, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -235,11 +235,15 @@ def list_model_folders(models_dir: Path) -> dict[str, ModelFolder]:
     """Return every model that stands whole in `models_dir`, by name.
 
     Folders in the making (their names start with a dot) are passed over; unusable ones are logged once and left out.
+
+    Raises:
+        StorageError: `models_dir` cannot be listed, so nobody knows what stands there.
     """
-    try:
-        paths = sorted(path for path in models_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except FileNotFoundError:
-        return {}
+    with reading_errors(models_dir):
+        try:
+            paths = sorted(path for path in models_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
+        except FileNotFoundError:
+            return {}
     found = {}
     for path in paths:
         result = read_cached(path)

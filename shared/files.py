@@ -148,6 +148,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EACCES: "permission is denied; give this user the right to write there",
             errno.EPERM: "permission is denied; give this user the right to write there",
             errno.EROFS: "the file system is read-only; choose another folder",
+            errno.ENOENT: "the folder it belongs in is not there",
             errno.ENOTDIR: "a file stands where a folder is needed; move it away",
             errno.EEXIST: "a file stands where a folder is needed; move it away",
         }

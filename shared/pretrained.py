@@ -214,10 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--if-empty", action="store_true", help="do nothing where any model is there already")
     options = parser.parse_args(arguments)
     configure_logging("pretrained", style="text")
-    if options.if_empty and (there := list_model_folders(options.models_dir)):
-        log.info("%s already holds %s: nothing to bring", options.models_dir, ", ".join(there))
-        return 0
     try:
+        if options.if_empty and (there := list_model_folders(options.models_dir)):
+            log.info("%s already holds %s: nothing to bring", options.models_dir, ", ".join(there))
+            return 0
         bring(options.name, options.models_dir)
     except SmolLMError as error:
         log.error("%s", error)

@@ -13,7 +13,7 @@ import pytest
 from frontend.settings import Settings as PageSettings
 from service.queue.job import QueueLimits
 from service.settings import Settings, doubtful_names, get_settings
-from shared.errors import ConfigError
+from shared.errors import ConfigError, StorageError
 from tests.env_example import variables_of
 from tests.processes import ROOT
 from trainer.config import Directories
@@ -70,6 +70,19 @@ def test_a_level_of_kernels_that_is_not_there_ends_the_start(kernels: str, tmp_p
     )
     assert ended.returncode == ConfigError.exit_code
     assert f"kernels is {kernels!r}, but this CPU has no such level; use auto, off, " in ended.stderr
+
+
+@pytest.mark.parametrize("process", ["api", "worker"])
+def test_a_file_for_the_models_folder_ends_the_start(process: str, tmp_path: Path) -> None:
+    (tmp_path / "models").touch()
+    environment = {**os.environ, "SMOLLM_MODELS_DIR": "models", "SMOLLM_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "service", process]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == StorageError.exit_code
+    assert ended.stderr.endswith("models cannot be read: Not a directory\n")
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_misspelt_setting_is_told_what_was_meant() -> None:

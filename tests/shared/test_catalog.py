@@ -17,7 +17,7 @@ from shared.catalog import (
     list_model_folders,
     read_model_folder,
 )
-from shared.errors import ConfigError, SmolLMError, WeightsError
+from shared.errors import ConfigError, SmolLMError, StorageError, WeightsError
 from shared.files import sha256_file
 from tests.tiny import TINY, write_tiny_export
 
@@ -174,6 +174,15 @@ def test_an_unreadable_folder_is_left_out(tmp_path: Path, modes_hold: None) -> N
     path.chmod(0)
     assert list_model_folders(tmp_path) == {}
     path.chmod(0o755)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(tmp_path: Path, modes_hold: None) -> None:
+    """Whoever serves its models would drop them."""
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir(mode=0)
+    for name, reason in (("file", "Not a directory"), ("locked", "Permission denied")):
+        with pytest.raises(StorageError, match=rf"{name} cannot be read: {reason}"):
+            list_model_folders(tmp_path / name)
 
 
 def model(name: str, created_at: str | None, trained_here: bool, recipe: str = "cpu") -> ModelFolder:

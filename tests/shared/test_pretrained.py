@@ -190,6 +190,15 @@ def test_an_unknown_name_lists_the_known(tmp_path: Path) -> None:
         pretrained.bring("smollm9", tmp_path)
 
 
+@pytest.mark.parametrize("options", [[], ["--if-empty"]])
+def test_a_file_instead_of_the_models_folder_is_a_sentence(tmp_path: Path, options: list[str]) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "shared.pretrained", "--models-dir", str(tmp_path / "file"), *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    assert str(tmp_path / "file") in ended.stderr and "Traceback" not in ended.stderr
+
+
 def test_hashes_are_pinned() -> None:
     wheel = PUBLIC_MODELS["smollm2-135m-instruct"].wheel
     assert wheel is not None
