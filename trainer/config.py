@@ -232,7 +232,9 @@ class TrainConfig(Section):
     num_threads: Count = Field(0, description="CPU threads; 0: the CPU quota or affinity, whichever is smaller")
 
     log_every: Positive = Field(10, description="steps between rows of metrics.jsonl")
-    evaluate_every: Positive = Field(250, description="steps between held-out evaluations; also at the end")
+    evaluate_every: Positive = Field(
+        250, description="steps between held-out evaluations; also at the end of every stage"
+    )
     evaluate_windows: Positive = Field(64, description="held-out rows per source; always the same ones")
     sample_every: Positive = Field(500, description="steps between sample texts; also at the end")
     sample_tokens: Positive = Field(100, description="tokens per sample text")

@@ -57,10 +57,6 @@ class RowLosses:
         return losses_N.view(targets_BT.shape).sum(dim=1)
 
 
-row_losses = RowLosses()
-"""The plain way: nothing compiled, all logits at once."""
-
-
 def attend_in_fp32(layer: int, queries_BHTE: Tensor, keys_BKTE: Tensor, values_BKTE: Tensor) -> Tensor:
     """Causal attention outside autocast. On a CPU its backward pass takes half as long in fp32 as in bf16 at the
     original's 128 tokens (8 against 15 ms for 8 x 4 heads), and is no slower at 256."""

@@ -134,11 +134,16 @@ def lay_out(stages: list[Stage], token_files: Mapping[str, TokenFile], batch_siz
     return Plan(tuple(rows), totals, curriculum.num_steps, batch_size * sequence_length)
 
 
+def bytes_of_checkpoints(model: ModelConfig, *, keep_checkpoints: int) -> int:
+    """Return the most that a run's checkpoints take: the newest, the best one, and the one being written."""
+    return model.num_parameters * BYTES_PER_PARAMETER_SAVED * (keep_checkpoints + 2)
+
+
 def describe_needs(model: ModelConfig, *, keep_checkpoints: int) -> str:
     """Say what memory and disk a run takes: training state, its copy while a checkpoint is written, what it leaves."""
     state = model.num_parameters * BYTES_PER_PARAMETER
     checkpoint = model.num_parameters * BYTES_PER_PARAMETER_SAVED
-    checkpoints = checkpoint * (keep_checkpoints + 2)  # the best one, and the one being written
+    checkpoints = bytes_of_checkpoints(model, keep_checkpoints=keep_checkpoints)
     export = model.num_parameters * 4
     return (
         f"network: {model.num_parameters:,} parameters\n"

@@ -18,6 +18,7 @@ from trainer.evaluate import evaluate, mean_loss
 from trainer.export import export_details, export_model
 from trainer.metrics import MFU_FORMULA, Clock, Metrics, SharesDrawn, flops_per_token
 from trainer.optimizer import describe_groups
+from trainer.plan import bytes_of_checkpoints
 from trainer.plot import plot_run
 from trainer.prepare import PreparedData
 from trainer.processes import Command, Processes
@@ -32,9 +33,6 @@ from trainer.track import Tracker
 from trainer.train import StepResult, Trainer
 
 logger = logging.getLogger("trainer")
-
-FP32_COPIES_SAVED = 3  # weights and AdamW's two averages
-BYTES_OF_FP32 = 4
 
 
 class Run:
@@ -72,8 +70,8 @@ class Run:
         self.saver = Saver(self.checkpoints)
         self.sick_at: int | None = None
         if not self.restore_newest():
-            per_checkpoint = self.trainer.model_config.num_parameters * FP32_COPIES_SAVED * BYTES_OF_FP32
-            check_free_space(folder.path, per_checkpoint * (config.keep_checkpoints + 2))
+            needed = bytes_of_checkpoints(self.trainer.model_config, keep_checkpoints=config.keep_checkpoints)
+            check_free_space(folder.path, needed)
         self.first_step = self.saved_step = self.logged_step = self.trainer.step
         self.shares_drawn = SharesDrawn(self.trainer.batches.source_names)
         tracker = Tracker(config.track, run=folder.name, settings=config.model_dump(mode="json", exclude_none=True))

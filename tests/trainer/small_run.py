@@ -10,6 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
+from trainer.__main__ import main
 from trainer.config import Directories, TrainConfig
 from trainer.prepare import PreparedData
 from trainer.recipe import load_recipe
@@ -94,6 +97,14 @@ def command(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail and return its sentence."""
+    assert main(arguments) == 2
+    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence.startswith("error: ")
+    return sentence
 
 
 def weights_sha256(folder: RunFolder) -> str:

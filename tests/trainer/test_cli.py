@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.small_run import small_directories, train_small
+from tests.trainer.small_run import refused, small_directories, train_small
 from trainer.__main__ import main
 from trainer.run_folder import RunFolder
 from trainer.state import Checkpoints
@@ -28,14 +28,6 @@ def here(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("data", "runs", "models"):
         monkeypatch.setenv(f"SMOLLM_{name.upper()}_DIR", str(finished / name))
     yield finished
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run a command that must fail and return its sentence."""
-    assert main(arguments) == 2
-    sentence = capsys.readouterr().err.strip().splitlines()[-1]
-    assert sentence.startswith("error: ")
-    return sentence
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from shared.errors import DataError
 from trainer.corpus import find
-from trainer.corpus.documents import MAX_CHARACTERS, TARGET_CHARACTERS, read_documents
+from trainer.corpus.documents import MAX_CHARACTERS, TARGET_CHARACTERS, FileDocuments
 from trainer.corpus.download import PublicFile, download
 from trainer.corpus.files import FileText
 from trainer.corpus.shakespeare import tidy
@@ -67,14 +67,14 @@ def test_binary_files_are_refused(tmp_path: Path, content: bytes, message: str) 
     path = tmp_path / "input.txt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        list(read_documents(path))
+        list(FileDocuments([path]))
 
 
 def test_paragraphs_are_gathered_and_nothing_is_lost(tmp_path: Path) -> None:
     paragraphs = [f"Paragraph {n}.\n" + "word " * (n % 90) for n in range(300)]
     path = tmp_path / "input.txt"
     path.write_text("\n\n".join(paragraphs))
-    documents = list(read_documents(path))
+    documents = list(FileDocuments([path]))
     assert all(len(document) >= TARGET_CHARACTERS for document in documents[:-1])
     assert re.sub(r"\s+", " ", " ".join(documents)).strip() == re.sub(r"\s+", " ", path.read_text()).strip()
 
@@ -82,7 +82,7 @@ def test_paragraphs_are_gathered_and_nothing_is_lost(tmp_path: Path) -> None:
 def test_a_text_without_line_ends_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "input.txt"
     path.write_text("x" * (3 * MAX_CHARACTERS))
-    documents = list(read_documents(path))
+    documents = list(FileDocuments([path]))
     assert len(documents) == 3
     assert sum(document.count("x") for document in documents) == 3 * MAX_CHARACTERS
 
@@ -90,13 +90,13 @@ def test_a_text_without_line_ends_is_cut(tmp_path: Path) -> None:
 def test_json_lines_hold_text_or_worked_problems(tmp_path: Path) -> None:
     path = tmp_path / "math.jsonl"
     path.write_text('{"text": "One."}\n\n{"question": "1 + 1?", "answer": "2"}\n')
-    assert list(read_documents(path)) == ["One.", "Question: 1 + 1?\nAnswer: 2\n"]
+    assert list(FileDocuments([path])) == ["One.", "Question: 1 + 1?\nAnswer: 2\n"]
     path.write_text('{"body": "One."}\n')
     with pytest.raises(DataError, match="line 1 has no field 'text'"):
-        list(read_documents(path))
+        list(FileDocuments([path]))
     path.write_text("{oops\n")
     with pytest.raises(DataError, match="line 1 is not JSON"):
-        list(read_documents(path))
+        list(FileDocuments([path]))
 
 
 @pytest.mark.parametrize(("escape", "name"), [("\\ud800", "U[+]D800"), ("\\u0000", "U[+]0000")])
@@ -104,21 +104,21 @@ def test_json_escapes_of_what_no_text_holds_are_refused(tmp_path: Path, escape: 
     path = tmp_path / "math.jsonl"
     path.write_text(f'{{"text": "One."}}\n{{"text": "Two {escape}."}}\n')
     with pytest.raises(DataError, match=f"line 2 escapes {name}"):
-        list(read_documents(path))
+        list(FileDocuments([path]))
 
 
 @pytest.mark.parametrize("name", ["input.txt", "input.jsonl"])
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text('{"text": "One."}\n', encoding="utf-8-sig")
-    assert "\ufeff" not in "".join(read_documents(path))
+    assert "\ufeff" not in "".join(FileDocuments([path]))
 
 
 def test_json_nested_beyond_reason_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "math.jsonl"
     path.write_text("[" * 100_000 + "\n")
     with pytest.raises(DataError, match="line 1 is not JSON"):
-        list(read_documents(path))
+        list(FileDocuments([path]))
 
 
 def test_plays_take_the_form_of_tiny_shakespeare() -> None:

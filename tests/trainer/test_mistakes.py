@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.small_run import train_small
+from tests.trainer.small_run import refused, train_small
 from trainer.__main__ import main
 from trainer.state import Checkpoints
 
@@ -39,14 +39,6 @@ def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield root
     for path in [root, *root.rglob("*")]:
         path.chmod(0o755)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run a command that must fail and return its sentence."""
-    assert main(arguments) == 2
-    sentence = capsys.readouterr().err.strip().splitlines()[-1]
-    assert sentence.startswith("error: ")
-    return sentence
 
 
 def write(name: str, content: str) -> Preparation:

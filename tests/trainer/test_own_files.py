@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shared.errors import DataError
 from tests.trainer.small_run import small_directories
 from trainer.__main__ import build_parser, main
-from trainer.corpus.documents import MAX_CHARACTERS, FileDocuments, read_documents
+from trainer.corpus.documents import MAX_CHARACTERS, FileDocuments
 from trainer.corpus.files import check_leads_somewhere, named_files
 
 PARAGRAPHS = st.lists(
@@ -126,7 +126,7 @@ def test_a_reader_goes_on_at_any_document(
     for path, pieces in zip(paths, (first, second), strict=True):
         path.write_text("".join(pieces) * 3, newline="")
     documents = list(FileDocuments(paths))
-    assert documents == [*read_documents(paths[0]), *read_documents(paths[1])]
+    assert documents == [*FileDocuments([paths[0]]), *FileDocuments([paths[1]])]
     stop = data.draw(st.integers(0, len(documents)))
     reader = FileDocuments(paths)
     assert [next(reader) for _ in range(stop)] == documents[:stop]
@@ -137,6 +137,6 @@ def test_a_reader_goes_on_at_any_document(
 def test_a_long_code_file_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "long.py"
     path.write_text("x = 1\n" * (MAX_CHARACTERS // 2))
-    documents = list(read_documents(path))
+    documents = list(FileDocuments([path]))
     assert all(len(document) < MAX_CHARACTERS + 10 for document in documents)
     assert "".join(documents) == path.read_text()

@@ -20,7 +20,7 @@ from shared.errors import DataError
 from tests.tiny import tiny_tokenizer
 from tests.trainer.small_run import ROOT, texts
 from trainer.__main__ import main
-from trainer.corpus.documents import read_documents
+from trainer.corpus.documents import FileDocuments
 from trainer.corpus.survey import document_hash
 from trainer.prepare import PreparedData, load_prepared, prepare
 from trainer.token_file import open_token_file, verify_tokens
@@ -56,7 +56,7 @@ def test_every_document_is_there_once_on_one_side(data_dir: Path) -> None:
         end = data.tokenizer.end_of_text_id
         train = {data.tokenizer.decode(ids) for ids in split(file.train, end)}
         held_out = {data.tokenizer.decode(ids) for ids in split(file.held_out, end)}
-        documents = list(read_documents(data_dir / f"{source}.txt"))
+        documents = list(FileDocuments([data_dir / f"{source}.txt"]))
         assert train | held_out == set(documents)
         assert not train & held_out
         assert held_out
@@ -169,11 +169,11 @@ def test_what_a_kill_left_of_another_text_is_not_used(data_dir: Path) -> None:
 
 
 def test_adding_text_moves_no_document_to_the_other_side(data_dir: Path) -> None:
-    document = next(iter(read_documents(data_dir / "input.txt")))
+    document = next(iter(FileDocuments([data_dir / "input.txt"])))
     before = document_hash(document)
     with (data_dir / "input.txt").open("a") as file:
         file.write("\n\nMore text.\n")
-    assert document_hash(next(iter(read_documents(data_dir / "input.txt")))) == before
+    assert document_hash(next(iter(FileDocuments([data_dir / "input.txt"])))) == before
 
 
 def test_a_source_of_one_document_holds_nothing_out_and_says_so(

@@ -17,7 +17,7 @@ from shared.model import SmolLM2
 from tests.trainer.small_run import small_data
 from trainer.batches import Batch
 from trainer.evaluate import evaluate
-from trainer.loss import IGNORED, row_losses
+from trainer.loss import IGNORED, RowLosses
 from trainer.optimizer import build_optimizer
 from trainer.prepare import PreparedData
 from trainer.recipe import load_recipe
@@ -103,7 +103,7 @@ def test_a_step_without_any_valid_token_adds_nothing(data: PreparedData) -> None
     trainer = trainer_of(data)
     batch = trainer.batches.batch_at(0)
     targets = torch.full(batch.targets_BT.shape, IGNORED)
-    assert row_losses(trainer.model, torch.from_numpy(batch.inputs_BT), targets, torch.float32).tolist() == [0.0] * 8
+    assert RowLosses()(trainer.model, torch.from_numpy(batch.inputs_BT), targets, torch.float32).tolist() == [0.0] * 8
 
 
 def test_micro_batches_of_a_step_are_distinct(data: PreparedData) -> None:
@@ -184,7 +184,7 @@ def test_the_whole_network_first_guesses_uniformly(data: PreparedData) -> None:
     batch = trainer_of(data).batches.batch_at(9)
     inputs, targets = torch.from_numpy(batch.inputs_BT) * 151, torch.from_numpy(batch.targets_BT) * 151  # all ids
     with torch.no_grad():
-        losses_B = row_losses(model, inputs, targets, torch.float32)
+        losses_B = RowLosses()(model, inputs, targets, torch.float32)
     assert losses_B.sum().item() / targets.numel() == pytest.approx(math.log(49_152), abs=0.3)
 
 

@@ -58,11 +58,6 @@ class FileDocuments:
             self._index += 1
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Yield one file's documents in order."""
-    return FileDocuments([path])
-
-
 def documents_of(lines: Lines, path: Path) -> Iterator[str]:
     if path.suffix == ".jsonl":
         return json_documents(lines, path)
