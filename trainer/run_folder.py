@@ -146,11 +146,14 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def keep_rows_through(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop rows of steps after `step`, which a resumed run will write again, and return those that stay."""
-    rows = read_rows(path)
-    kept = [row for row in rows if row.get("step", row.get("at_step", 0)) <= step]
-    if len(kept) < len(rows):
-        write_atomically(path, "".join(map(as_line, kept)))
+    """Drop rows of steps after `step`, which a resumed run will write again, and return those that stay.
+
+    What is no row goes too: onto a last line that was cut short, the next row would be glued.
+    """
+    kept = [row for row in read_rows(path) if row.get("step", row.get("at_step", 0)) <= step]
+    text = "".join(map(as_line, kept))
+    if path.is_file() and path.read_bytes() != text.encode():
+        write_atomically(path, text)
     return kept
 
 

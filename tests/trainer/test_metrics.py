@@ -22,7 +22,7 @@ from trainer.evaluate import HeldOut
 from trainer.metrics import Clock, Metrics, SharesDrawn, flops_per_token
 from trainer.progress import duration
 from trainer.report import ProgressLines, overfit_alarms, progress_bar, stage_summary
-from trainer.run_folder import RunFolder, append_row, read_rows
+from trainer.run_folder import RunFolder, append_row, keep_rows_through, read_rows
 from trainer.run_log import RunLog
 from trainer.signals import StopRequest
 from trainer.track import Tracker
@@ -289,3 +289,13 @@ def test_the_first_signal_asks_and_the_second_insists() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_row_that_was_cut_short_takes_no_other_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in range(1, 4):
+        append_row(path, {"kind": "train", "step": step})
+    path.write_bytes(path.read_bytes()[:-9])  # a disk that was full in the middle of the last
+    assert [row["step"] for row in keep_rows_through(path, 3)] == [1, 2]
+    append_row(path, {"kind": "train", "step": 3})
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
