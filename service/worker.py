@@ -229,7 +229,7 @@ class Worker:
 
     def hear_of_delivery(self, wait_s: float) -> None:
         """Drop the jobs that Redis no longer wants from this worker."""
-        delivery = self.publisher.hear(wait_s=wait_s)
+        delivery = self.publisher.take_result(wait_s=wait_s)
         if delivery is None:
             return
         self.drop_lost(delivery.lost)

@@ -8,7 +8,6 @@ back after an outage.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
@@ -23,7 +22,7 @@ from service.queue.connection import CONNECT_TIMEOUT_S
 logger = logging.getLogger(__name__)
 
 LOOK = ""
-"""Not published by anybody: something may have been, while the connection was lost."""
+"""Not published by anybody: something may have been, before this channel's subscription was in force."""
 MAX_UNREAD = 64
 """A reader this many messages behind reads the stream instead."""
 SILENCE_S = 5.0
@@ -72,7 +71,7 @@ class PushConnection:
         self._inboxes: dict[str, list[Inbox]] = {}
         self._confirmed: dict[str, asyncio.Event] = {}
         self._sent: set[str] = set()
-        self._missed: set[str] = set()
+        self._missed: set[str] = set()  # channels whose readers go on without a subscription in force
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -86,10 +85,12 @@ class PushConnection:
         confirmed = self._confirmed.setdefault(channel, asyncio.Event())
         self._changed.set()
         try:
-            with contextlib.suppress(TimeoutError):
-                if not confirmed.is_set():
+            if not confirmed.is_set():
+                try:
                     async with asyncio.timeout(timeout_s):
                         await confirmed.wait()
+                except TimeoutError:
+                    self._missed.add(channel)
             yield inbox
         finally:
             self._inboxes[channel].remove(inbox)
@@ -132,6 +133,7 @@ class PushConnection:
             await self._changed.wait()
             self._changed.clear()
             wanted = set(self._inboxes)
+            self._missed &= wanted
             gone, new = self._sent - wanted, wanted - self._sent
             self._sent = wanted
             for channel in self._confirmed.keys() - wanted:

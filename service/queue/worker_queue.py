@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import redis
@@ -31,6 +31,15 @@ STATE_OF_REASON: Mapping[FinishReason, JobState] = {
 Write = tuple[LeasedJob, Chunk]
 
 
+@dataclass(slots=True)
+class Delivered:
+    """What this process delivered of one running job."""
+
+    attempt: int
+    chunks: list[Chunk]
+    is_unread: bool = False
+
+
 class WorkerQueue:
     """One worker process' view of the queue."""
 
@@ -43,8 +52,7 @@ class WorkerQueue:
         self._cancel_cursor = "0-0"
         # What this process delivered of each running job. A Redis that restarts may lose its last second; it then
         # answers GAP with the index it still has, and is sent the rest again.
-        self._delivered: dict[str, tuple[int, list[Chunk]]] = {}
-        self._unread: set[str] = set()
+        self._delivered: dict[str, Delivered] = {}
         self._lock = threading.Lock()
 
     def announce(self, info: WorkerInfo) -> None:
@@ -87,7 +95,7 @@ class WorkerQueue:
         jobs = [read_lease(reply) for reply in replies]
         with self._lock:
             for job in jobs:
-                self._delivered[job.id] = (job.attempt, list(job.chunks))
+                self._delivered[job.id] = Delivered(job.attempt, list(job.chunks))
         return jobs
 
     def wait_for_work(self, timeout_s: float = MAX_BLOCK_S) -> bool:
@@ -117,7 +125,8 @@ class WorkerQueue:
 
     def is_unread(self, job_id: str) -> bool:
         """Whether nobody followed a job's tokens when its last chunk was delivered: it is for an answer as a whole."""
-        return job_id in self._unread
+        delivered = self._delivered.get(job_id)
+        return delivered is not None and delivered.is_unread
 
     def finish(
         self,
@@ -184,7 +193,6 @@ class WorkerQueue:
         with self._lock:
             for job_id in cancelled:
                 self._delivered.pop(job_id, None)
-                self._unread.discard(job_id)
         return cancelled
 
     def reap(self) -> int:
@@ -200,8 +208,10 @@ class WorkerQueue:
             arguments += [job.id, job.attempt, chunk.first_index, chunk.end_index, len(chunk.text), chunk.to_json()]
         flat = self._scripts.run("append", self.limits.lease_ms, *arguments)
         with self._lock:
-            for (job, _), num_told in zip(writes, flat[2::3], strict=True):
-                (self._unread.discard if num_told else self._unread.add)(job.id)
+            for (job, chunk), num_readers in zip(writes, map(int, flat[2::3]), strict=True):
+                # A first chunk may come before its reader; of what was not published (-1) nothing is known.
+                if chunk.first_index > 0 and num_readers >= 0:
+                    self._of(job).is_unread = num_readers == 0
         return _verdicts(flat[::3], flat[1::3])
 
     def _finish(
@@ -224,7 +234,7 @@ class WorkerQueue:
     def _resend(self, job: LeasedJob, index: int) -> tuple[Verdict, int]:
         """Send again what a restarted Redis lost behind `index`; stays GAP only if this process never had it."""
         with self._lock:
-            delivered = list(self._chunks(job))
+            delivered = list(self._of(job).chunks)
         missing = [(job, chunk) for chunk in delivered if chunk.first_index >= index]
         if not missing or missing[0][1].first_index != index:
             return Verdict.GAP, index
@@ -232,29 +242,28 @@ class WorkerQueue:
 
     def _remember(self, job: LeasedJob, chunk: Chunk) -> None:
         with self._lock:
-            delivered = self._chunks(job)
+            delivered = self._of(job).chunks
             if not delivered or delivered[-1].end_index == chunk.first_index:
                 delivered.append(chunk)
 
-    def _chunks(self, job: LeasedJob) -> list[Chunk]:
-        """Return this attempt's chunks; an older attempt gets a list of its own that nobody keeps."""
-        attempt, delivered = self._delivered.setdefault(job.id, (job.attempt, list(job.chunks)))
-        if attempt > job.attempt:
-            return list(job.chunks)
-        if attempt < job.attempt:
-            delivered = list(job.chunks)
-            self._delivered[job.id] = (job.attempt, delivered)
+    def _of(self, job: LeasedJob) -> Delivered:
+        """Return what this attempt delivered; an older attempt gets a record of its own that nobody keeps."""
+        delivered = self._delivered.get(job.id)
+        if delivered is None or delivered.attempt != job.attempt:
+            is_newest = delivered is None or delivered.attempt < job.attempt
+            delivered = Delivered(job.attempt, list(job.chunks))
+            if is_newest:
+                self._delivered[job.id] = delivered
         return delivered
 
     def _forget(self, job: LeasedJob) -> None:
         with self._lock:
-            if job.id in self._delivered and self._delivered[job.id][0] <= job.attempt:
+            if job.id in self._delivered and self._delivered[job.id].attempt <= job.attempt:
                 del self._delivered[job.id]
-                self._unread.discard(job.id)
 
     def _end_of(self, job: LeasedJob) -> int:
         with self._lock:
-            delivered = self._chunks(job)
+            delivered = self._of(job).chunks
             return delivered[-1].end_index if delivered else 0
 
 

@@ -34,8 +34,10 @@ def drawn(job: LeasedJob, index: int, *, end: bool = False) -> Output:
 def delivered(publisher: Publisher) -> tuple[set[str], list[Verdict]]:
     """Send everything; return which jobs were lost, and what else Redis refused to take."""
     publisher.send(everything=True)
-    delivery = publisher.hear(wait_s=60)
-    assert delivery is not None and not delivery.left and publisher.hear() is None and not publisher.has_undelivered
+    delivery = publisher.take_result(wait_s=60)
+    assert (
+        delivery is not None and not delivery.left and publisher.take_result() is None and not publisher.has_undelivered
+    )
     return {job.id for job in delivery.lost}, delivery.refused
 
 

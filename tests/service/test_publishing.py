@@ -82,7 +82,7 @@ def read(server: LocalRedis, job: LeasedJob) -> JobRecord:
 
 
 def error_of(publisher: Publisher) -> NotReady | None:
-    delivery = publisher.hear(wait_s=60)
+    delivery = publisher.take_result(wait_s=60)
     assert delivery is not None
     return delivery.error
 
@@ -93,20 +93,20 @@ def test_what_redis_does_not_take_goes_out_when_it_is_back_with_what_came_since(
     [job] = take(server, publisher, 1)
     draw(publisher, job, 0, 2)
     publisher.send()
-    assert publisher.hear(wait_s=60) is not None
+    assert publisher.take_result(wait_s=60) is not None
     assert server.process is not None
     server.process.send_signal(signal.SIGSTOP)
     draw(publisher, job, 2, 5)
     publisher.send(everything=True)
     draw(publisher, job, 5, 8)
     publisher.send(everything=True)  # one delivery at a time
-    assert publisher.hear() is None and [*publisher.pending] == [job.id]
+    assert publisher.take_result() is None and [*publisher.pending] == [job.id]
     assert error_of(publisher) is not None
     draw(publisher, job, 8, len(TEXT))
     server.process.send_signal(signal.SIGCONT)  # it now takes, late, what it was sent while it was frozen
     for _ in range(2):
         publisher.send(everything=True)
-        delivery = publisher.hear(wait_s=60)
+        delivery = publisher.take_result(wait_s=60)
         assert delivery is not None and not delivery.refused
     record = read(server, job)
     assert (record.completion.text, record.completion.token_ids) == (TEXT, tuple(range(len(TEXT))))
@@ -125,20 +125,22 @@ def test_tokens_that_nobody_follows_wait_longer(server: LocalRedis, publisher: P
         draw(publisher, alone, start, end)
         publisher._read_sent_at_s, publisher._all_sent_at_s = 0.0, all_sent_at_s
         publisher.send()
-        publisher.hear(wait_s=60)
+        publisher.take_result(wait_s=60)
 
     send(0, 1, all_sent_at_s=float("inf"))
     assert not publisher.pending, "a first token is urgent, followed or not"
     send(1, 2, all_sent_at_s=float("inf"))
-    assert [*publisher.pending] == [alone.id] and read(server, followed).completion.token_ids == (0, 1)
-    send(2, 3, all_sent_at_s=0.0)
-    assert read(server, alone).completion.token_ids == (0, 1, 2), "for another worker, should this one die"
+    assert not publisher.pending, "a reader may be on the way"
+    send(2, 3, all_sent_at_s=float("inf"))
+    assert [*publisher.pending] == [alone.id] and read(server, followed).completion.token_ids == (0, 1, 2)
+    send(3, 4, all_sent_at_s=0.0)
+    assert read(server, alone).completion.token_ids == (0, 1, 2, 3), "for another worker, should this one die"
     subscription.close()
     wait_until(lambda: client.pubsub_numsub(keys.PUSH + followed.id) == [(keys.PUSH + followed.id, 0)], "no reader")
-    send(3, 4, all_sent_at_s=0.0)
-    send(4, 5, all_sent_at_s=float("inf"))
+    send(4, 5, all_sent_at_s=0.0)
+    send(5, 6, all_sent_at_s=float("inf"))
     assert {*publisher.pending} == {followed.id, alone.id}, "its reader is gone"
-    send(5, len(TEXT), all_sent_at_s=float("inf"))
+    send(6, len(TEXT), all_sent_at_s=float("inf"))
     assert read(server, alone).completion.text == TEXT
     client.close()
 
@@ -147,16 +149,16 @@ def test_only_what_somebody_waits_for_goes_out_at_once(server: LocalRedis, publi
     first, second = take(server, publisher, 2)
     draw(publisher, first, 0, 2)
     publisher.send(everything=True)
-    assert publisher.hear(wait_s=60) is not None
+    assert publisher.take_result(wait_s=60) is not None
     draw(publisher, first, 2, 4)
     draw(publisher, second, 0, 1)
     publisher._read_sent_at_s = publisher._all_sent_at_s = float("inf")  # no time for all of them comes
     publisher.send()
-    assert publisher.hear(wait_s=60) is not None
+    assert publisher.take_result(wait_s=60) is not None
     assert [*publisher.pending] == [first.id] and read(server, second).completion.token_ids == (0,)
     draw(publisher, first, 4, len(TEXT))
     publisher.send()
-    assert publisher.hear(wait_s=60) is not None
+    assert publisher.take_result(wait_s=60) is not None
     assert read(server, first).completion.text == TEXT and not publisher.has_undelivered
 
 
@@ -205,7 +207,7 @@ def test_what_redis_said_before_it_went_away_is_heard(server: LocalRedis, tmp_pa
     draw(publisher, ended, 0, len(TEXT))
     queue.stop_server = server.stop
     publisher.send(everything=True)
-    delivery = publisher.hear(wait_s=60)
+    delivery = publisher.take_result(wait_s=60)
     assert delivery is not None and delivery.error is not None
     assert delivery.refused == [Verdict.FENCED, Verdict.GAP] and delivery.lost == [fenced, unheard]
     assert publisher.has_undelivered

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -168,6 +169,48 @@ async def test_what_was_published_while_the_push_connection_was_lost_is_read_whe
     bench.client.client_kill_filter(_type="pubsub")
     bench.workers["worker"].finish(job, DONE, chunk=chunk(0, 5))
     await asyncio.wait_for(reader, 60)
+
+
+async def test_reader_whose_subscription_comes_late_looks_when_it_is_there(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_looked, may_subscribe = asyncio.Event(), asyncio.Event()
+    write, peek = push.PushConnection._write, bench.streams._peek
+
+    async def write_late(self: push.PushConnection, connection: Any) -> None:
+        await may_subscribe.wait()
+        await write(self, connection)
+
+    async def peek_and_tell(job_id: str, cursor: int) -> tuple[str, Any, Any]:
+        answer = await peek(job_id, cursor)
+        has_looked.set()
+        return answer
+
+    monkeypatch.setattr(streams, "POLL_S", 600)
+    monkeypatch.setattr(streams, "SUBSCRIBE_S", 0.01)
+    monkeypatch.setattr(push.PushConnection, "_write", write_late)
+    monkeypatch.setattr(bench.streams, "_peek", peek_and_tell)
+    job = await start(bench)
+    reader = asyncio.create_task(bench.streams.wait(job.id))
+    await has_looked.wait()
+    bench.workers["worker"].finish(job, DONE, chunk=chunk(0, 5))
+    may_subscribe.set()
+    assert (await asyncio.wait_for(reader, 60)).completion.token_ids == (5,)
+
+
+async def test_worker_knows_whether_anybody_follows(bench: Bench) -> None:
+    job, worker = await start(bench), bench.workers["worker"]
+    worker.append([(job, chunk(0, 5))])
+    assert not worker.is_unread(job.id), "a reader may be on the way"
+    worker.append([(job, chunk(1, 6))])
+    assert worker.is_unread(job.id)
+    follower = asyncio.create_task(bench.read_all(job.id))
+    await wait_until_async(lambda: listeners(bench, job.id))
+    for _ in range(2):  # sent twice, it is published once
+        worker.append([(job, chunk(2, 7))])
+        assert not worker.is_unread(job.id)
+    worker.finish(job, DONE)
+    assert tokens(await follower) == [5, 6, 7] and not worker.is_unread(job.id)
 
 
 async def test_cancel_ends_the_stream(bench: Bench) -> None:
