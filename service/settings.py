@@ -75,7 +75,10 @@ class Settings(BaseSettings):
     )
     share_prefixes: bool = Field(True, description="prompts that begin alike are computed once")
     shutdown_grace_s: float = Field(
-        5.0, ge=0, le=MAX_S, description="after SIGTERM: finish what ends by then, hand over the rest"
+        5.0,
+        ge=0,
+        le=MAX_S,
+        description="after SIGTERM: finish what ends by then, hand over the rest; compose kills after 90 s",
     )
     model_poll_s: float = Field(2.0, ge=0.05, le=MAX_S, description="how often models_dir is looked at for new exports")
 
