@@ -98,9 +98,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     try:
-        whole = manifest["format"] == FORMAT and all(
-            manifest[part].keys() >= COUNTED and {"source", "tokenizer_sha256"} <= manifest.keys()
-            for part in ("train", "held_out")
+        whole = (
+            manifest["format"] == FORMAT
+            and manifest.keys() >= {"source", "tokenizer_sha256"}
+            and all(manifest[part].keys() >= COUNTED for part in ("train", "held_out"))
         )
     except (TypeError, KeyError, AttributeError):
         return None
