@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.api_keys import ApiKey, parse_list
@@ -22,6 +23,8 @@ SETTINGS_OF_OTHERS = ("SMOLLM_API_URL", "SMOLLM_API_KEY", "SMOLLM_DATA_DIR", "SM
 """The page's and the trainer's, which one .env may hold too."""
 MAX_S = 30 * 24 * 3_600
 """No span of time is longer than a month: every key in Redis lives as long as its job may."""
+MAX_BODY_BYTES = 1_000_000_000
+"""A body is held in memory whole."""
 
 
 class Settings(BaseSettings):
@@ -47,7 +50,9 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="comma-separated origins whose pages may call the API from a browser; empty: none; * is any"
     )
-    max_body_bytes: int = Field(1_000_000, ge=1_000, description="larger request bodies are refused with 413")
+    max_body_bytes: int = Field(
+        1_000_000, ge=1_000, le=MAX_BODY_BYTES, description="larger request bodies are refused with 413"
+    )
 
     # Limits of the queue
     max_queued_jobs: int = Field(256, ge=1, description="waiting jobs of one model; more are refused with 429")
@@ -59,17 +64,19 @@ class Settings(BaseSettings):
     lease_ms: int = Field(
         4_000, ge=200, le=1000 * MAX_S, description="a worker silent for this long loses its jobs to another"
     )
-    max_attempts: int = Field(3, ge=1, description="a job that loses this many workers is failed")
+    max_attempts: int = Field(3, ge=1, le=1_000, description="a job that loses this many workers is failed")
 
     # The worker process
-    num_workers: int = Field(1, ge=1, description="worker processes that `make up` starts")
-    num_slots: int = Field(32, ge=1, description="sequences one model decodes at a time")
+    num_workers: int = Field(1, ge=1, le=1_024, description="worker processes that `make up` starts")
+    num_slots: int = Field(32, ge=1, le=4_096, description="sequences one model decodes at a time")
     max_cached_tokens: int = Field(16_384, ge=2, description="tokens of all sequences of one model together")
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="arithmetic of the model")
     weights: Literal["dtype", "int8"] = Field("dtype", description="int8: half the memory and half the time of 16 bits")
     kernels: str = Field("auto", description="compiled network for CPUs: auto, off, or a level such as avx512_bf16")
-    num_threads: int = Field(0, ge=0, description="CPU threads; 0: the CPU quota or affinity, whichever is smaller")
+    num_threads: int = Field(
+        0, ge=0, le=4_096, description="CPU threads; 0: the CPU quota or affinity, whichever is smaller"
+    )
     speculation: Literal["auto", "off"] = Field(
         "auto", description="auto: guess tokens ahead where the measured pace says it pays; changes no token"
     )
@@ -124,14 +131,17 @@ class Settings(BaseSettings):
         return value or None
 
 
-def variables() -> list[str]:
-    """Return the settings as the environment calls them."""
-    return [str(field.validation_alias or f"{PREFIX}{name}".upper()) for name, field in Settings.model_fields.items()]
+def variables_of(settings: type[BaseSettings]) -> dict[str, FieldInfo]:
+    """Return the settings of a process by the names they have in the environment."""
+    prefix = settings.model_config.get("env_prefix", "")
+    return {
+        str(field.validation_alias or f"{prefix}{name}".upper()): field for name, field in settings.model_fields.items()
+    }
 
 
 def doubtful_names(given: Iterable[str]) -> list[str]:
     """Say of names in the environment that are nearly one of ours what was probably meant: they set nothing."""
-    known = {name.removeprefix(PREFIX): name for name in (*variables(), *SETTINGS_OF_OTHERS)}
+    known = {name.removeprefix(PREFIX): name for name in (*variables_of(Settings), *SETTINGS_OF_OTHERS)}
     sentences = []
     for name in sorted(name for name in given if name.upper().startswith(PREFIX)):
         own_part = name.upper().removeprefix(PREFIX)

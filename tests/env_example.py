@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 
 from pydantic import SecretStr
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 from frontend.settings import Settings as PageSettings
 from service.settings import Settings as ServiceSettings
+from service.settings import variables_of
 from trainer.config import Directories
 
 COMPOSE_SETTINGS = (
@@ -24,14 +24,6 @@ COMPOSE_SETTINGS = (
     "#WORKER_CPUS=0",
     "#REDIS_MAXMEMORY=256mb",
 )
-
-
-def variables_of(settings: type[BaseSettings]) -> dict[str, FieldInfo]:
-    """Return the settings of a process by the names they have in the environment."""
-    prefix = settings.model_config.get("env_prefix", "")
-    return {
-        str(field.validation_alias or f"{prefix}{name}".upper()): field for name, field in settings.model_fields.items()
-    }
 
 
 def env_example() -> str:
