@@ -241,7 +241,9 @@ def list_model_folders(models_dir: Path) -> dict[str, ModelFolder]:
     """
     with reading_errors(models_dir):
         try:
-            paths = sorted(path for path in models_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
+            paths = sorted(
+                path for path in models_dir.iterdir() if not path.name.startswith(".") and may_be_model(path)
+            )
         except FileNotFoundError:
             return {}
     found = {}
@@ -250,6 +252,14 @@ def list_model_folders(models_dir: Path) -> dict[str, ModelFolder]:
         if isinstance(result, ModelFolder):
             found[path.name] = result
     return found
+
+
+def may_be_model(path: Path) -> bool:
+    """Whether an entry is a folder, or a link nobody may follow: what cannot be read is told when it is read."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return True
 
 
 def read_cached(path: Path) -> ModelFolder | SmolLMError:

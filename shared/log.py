@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from shared.errors import SmolLMError
+
 LogStyle = Literal["auto", "text", "json"]
 
 CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
@@ -48,6 +50,32 @@ def told_every(every_s: float, tell: Callable[[float], None]) -> Iterator[None]:
     finally:
         ended.set()
         teller.join()
+
+
+class GoesOn:
+    """Around each turn of a loop that must outlive what its turns raise.
+
+    What a user can mend is one warning per sentence, until a turn succeeds; the rest comes with its place, each time.
+    """
+
+    def __init__(self, log: logging.Logger, what: str) -> None:
+        self._log = log
+        self._what = what
+        self._told: str | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, SmolLMError):
+            if str(error) != self._told:
+                self._log.warning("%s goes on: %s", self._what, error)
+            self._told = str(error)
+        elif isinstance(error, Exception):
+            self._log.error("%s goes on", self._what, exc_info=error)
+        elif error is None:
+            self._told = None
+        return isinstance(error, Exception)
 
 
 def wants_json(style: LogStyle) -> bool:

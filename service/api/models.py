@@ -11,7 +11,7 @@ from pathlib import Path
 
 from service.errors import NotFound, NotReady
 from shared.catalog import ModelFolder, choose_default_model, list_model_folders
-from shared.errors import GenerationError, SmolLMError
+from shared.errors import GenerationError, SmolLMError, StorageError
 from shared.tokenizer import Tokenizer
 
 log = logging.getLogger("service.api")
@@ -72,10 +72,13 @@ class Models:
 
         Raises:
             NotFound: nothing of that name stands in the models folder.
-            NotReady: there is no model at all yet.
+            NotReady: there is no model at all yet, or the models folder cannot be read.
         """
         if (name or self._default) not in self._models:
-            await self.refresh(older_than_s=LOOK_AGAIN_S)
+            try:
+                await self.refresh(older_than_s=LOOK_AGAIN_S)
+            except StorageError as error:  # no fault of who asks, and no path of ours for them to read
+                raise NotReady("The models folder cannot be read; the log says why.", retry_after_s=5) from error
         if name is None:
             if self._default is None:
                 raise NotReady(

@@ -20,6 +20,7 @@ from service.queue.job_queue import JITTER, JobQueue
 from service.queue.streams import TokenStreams
 from service.settings import Settings
 from service.tracing import Tracer, open_tracer, trace_id_of
+from shared.log import GoesOn
 
 log = logging.getLogger("service.api")
 
@@ -134,12 +135,11 @@ class RedisWatch:
 
 async def repeat(work: Callable[[], Awaitable[None]], every_s: float) -> None:
     """Do something for ever, whatever it raises; a fifth of jitter keeps processes apart."""
+    goes_on = GoesOn(log, f"the task {task.get_name()!r}" if (task := asyncio.current_task()) else "a task")
     while True:
         await asyncio.sleep(every_s * JITTER.uniform(0.9, 1.1))
-        try:
+        with goes_on:
             await work()
-        except Exception:
-            log.exception("a background task failed and goes on")
 
 
 def state_of(request: Request) -> ApiState:

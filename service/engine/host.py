@@ -23,7 +23,8 @@ from service.engine.pace import STALL
 from service.engine.sequence import Sequence
 from shared.catalog import ModelFolder, list_model_folders
 from shared.device import is_out_of_memory
-from shared.errors import SmolLMError
+from shared.errors import SmolLMError, first_line
+from shared.log import GoesOn
 from shared.sampling import SamplingParams
 from shared.tokenizer import Tokenizer
 
@@ -181,11 +182,10 @@ class Hosts:
                 self.current[name] = change
 
     def _watch(self) -> None:
+        goes_on = GoesOn(log, "the look through the models folder")  # which may be closed for a while
         while not self._stop.is_set():
-            try:
+            with goes_on:
                 self.refresh()
-            except Exception:  # this thread must outlive a models folder that cannot be listed
-                log.exception("could not look through %s", self.models_dir)
             self._stop.wait(self.poll_s)
 
     def refresh(self) -> None:
@@ -205,7 +205,9 @@ class Hosts:
                 host = self.load(folder)
             except Exception as error:  # whatever is wrong with one model, those behind it load
                 if isinstance(error, (SmolLMError, OSError)) or is_out_of_memory(error):
-                    log.warning("cannot serve %s: %s", name, error)
+                    log.warning(
+                        "cannot serve %s: %s", name, error if isinstance(error, SmolLMError) else first_line(error)
+                    )
                 else:  # a fault of ours: show where
                     log.exception("cannot serve %s: %s: %s", name, type(error).__name__, error)
                 self._failed[name] = (folder, time.monotonic() + RETRY_S)

@@ -176,6 +176,22 @@ def test_an_unreadable_folder_is_left_out(tmp_path: Path, modes_hold: None) -> N
     path.chmod(0o755)
 
 
+def test_a_link_into_a_closed_folder_hides_no_other(
+    tmp_path: Path, modes_hold: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = write_tiny_export(tmp_path / "models", "good")
+    write_tiny_export(tmp_path / "closed", "linked")
+    (tmp_path / "models" / "linked").symlink_to(tmp_path / "closed" / "linked")
+    (tmp_path / "closed").chmod(0)
+    try:
+        assert list_model_folders(tmp_path / "models") == {"good": good}
+    finally:
+        (tmp_path / "closed").chmod(0o755)
+    [told] = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert "linked" in told and "Permission denied" in told
+    assert list(list_model_folders(tmp_path / "models")) == ["good", "linked"], "it is looked at again"
+
+
 def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(tmp_path: Path, modes_hold: None) -> None:
     """Whoever serves its models would drop them."""
     (tmp_path / "file").touch()

@@ -41,6 +41,30 @@ def test_exports_come_and_go(redis_url: str, tmp_path: Path, runs_dir: Path) -> 
         assert_error(client.post("/tokenize", json={"text": "a", "model": "first"}), 404, code="model_not_found")
 
 
+def test_a_folder_that_cannot_be_read_is_our_fault_and_told_once(
+    redis_url: str, tmp_path: Path, runs_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models_dir = tmp_path / "models"
+    write_tiny_export(models_dir, "tiny")
+    with (
+        running_api(make_settings(redis_url, models_dir, runs_dir, model_poll_s=0.05)) as api,
+        client_of(api) as client,
+    ):
+        models_dir.rename(tmp_path / "away")
+        models_dir.touch()
+        asked = {"text": "a", "model": "other"}
+        wait_until(lambda: client.post("/tokenize", json=asked).status_code != 404, "another look at the folder")
+        error = assert_error(client.post("/tokenize", json=asked), 503, code="not_ready")
+        assert str(tmp_path) not in error["message"]
+        assert client.post("/tokenize", json={"text": "a"}).status_code == 200, "what is known is served"
+        wait_until(lambda: "cannot be read" in caplog.text, "a word in the log")
+        models_dir.unlink()
+        write_tiny_export(models_dir, "other")
+        wait_until(lambda: names(client) == {"other"}, "the folder again")
+    assert len([record for record in caplog.records if "cannot be read" in record.getMessage()]) == 1
+    assert not any(record.exc_info for record in caplog.records)
+
+
 def test_a_model_is_described(client: httpx2.Client) -> None:
     models = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
     tiny = models["tiny"]

@@ -78,12 +78,14 @@ def test_an_error_nobody_foresaw_stops_no_model_behind_it(hosts: Hosts, caplog: 
     def load(folder: ModelFolder) -> Host:
         if folder.name == "full":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if folder.name == "huge":
+            raise MemoryError
         if folder.name == "odd":
             raise KeyError("a fault of ours")
         return load_whole(folder)
 
     hosts.load = load
-    for name in ("full", "odd", "whole"):
+    for name in ("full", "huge", "odd", "whole"):
         write_tiny_export(hosts.models_dir, name)
     hosts.refresh()
     hosts.refresh()
@@ -91,9 +93,10 @@ def test_an_error_nobody_foresaw_stops_no_model_behind_it(hosts: Hosts, caplog: 
     said = {record.message: record.exc_info for record in caplog.records if "cannot serve" in record.message}
     assert list(said) == [
         "cannot serve full: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "cannot serve huge: MemoryError",
         "cannot serve odd: KeyError: 'a fault of ours'",
     ], "each is told once, and tried again later"
-    assert [bool(trace) for trace in said.values()] == [False, True]
+    assert [bool(trace) for trace in said.values()] == [False, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
