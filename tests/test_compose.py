@@ -9,7 +9,7 @@ import yaml
 
 from frontend.settings import Settings as PageSettings
 from service.settings import Settings as ServiceSettings
-from tests.env_example import variables_of
+from service.settings import variables_of
 
 COMPOSE = yaml.safe_load((Path(__file__).parents[1] / "docker-compose.yml").read_text())
 OF_THE_HOST = {"SMOLLM_MODELS_DIR", "SMOLLM_RUNS_DIR", "API_PORT", "UI_PORT"}
