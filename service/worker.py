@@ -159,7 +159,7 @@ class Worker:
         self.running[job.id] = Running(job, host)
         self.observer.took(job, host.name)
         request = job.request
-        if request.options.get("tokenizer", host.engine.tokenizer.sha256) != host.engine.tokenizer.sha256:
+        if request.options.get("tokenizer_sha256", host.folder.tokenizer_sha256) != host.folder.tokenizer_sha256:
             # Its ids would be read as other words, and nobody would know.
             sentence = f"The model {host.name!r} was replaced by one with another tokenizer meanwhile; send it again."
             self.fail(job.id, sentence, code="model_changed")

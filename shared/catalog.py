@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import ModelConfig
-from shared.errors import ConfigError, SmolLMError, WeightsError
+from shared.errors import ConfigError, SmolLMError, TokenizerError, WeightsError
 from shared.files import reading_errors, sha256_file
+from shared.tokenizer import TOKENIZER_NAME, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class ModelFolder:
     weights: Path
     revision: str
     """sha256 of the weights file, 64 hex digits."""
+    tokenizer_sha256: str | None
+    """sha256 of `tokenizer.json`, by which processes of any version know the same ids; None where there is none."""
     trained_length: int | None
     """Tokens per training sequence; positions beyond it were never learnt. None where unknown."""
     created_at: str | None
@@ -92,12 +95,32 @@ def describe(path: Path) -> ModelFolder:
         config=config,
         weights=weights,
         revision=listed.sha256 if listed else revision_of(weights),
+        tokenizer_sha256=tokenizer_sha256(path),
         trained_length=manifest.get("trained_length"),
         created_at=manifest.get("created_at"),
         trained_here=bool(manifest.get("trained_here", False)),
         end_token_ids=end_token_ids(path, settings, config),
         manifest=manifest,
     )
+
+
+def tokenizer_sha256(path: Path) -> str | None:
+    """Hash the file that alone decides which text an id stands for."""
+    file = path / TOKENIZER_NAME
+    return sha256_file(file) if file.is_file() else None
+
+
+def load_tokenizer(folder: ModelFolder) -> Tokenizer:
+    """Read the tokenizer that a folder was described with.
+
+    Raises:
+        TokenizerError: it is missing, belongs to another model, or was replaced since: describe the folder again.
+    """
+    tokenizer = Tokenizer.from_folder(folder.path)
+    tokenizer.check_fits(folder.config)
+    if tokenizer_sha256(folder.path) != folder.tokenizer_sha256:
+        raise TokenizerError(f"{folder.path / TOKENIZER_NAME} changed while the model was loaded; it is read again")
+    return tokenizer
 
 
 MANIFEST_KINDS: dict[str, type] = {"trained_length": int, "created_at": str}

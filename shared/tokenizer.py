@@ -24,6 +24,7 @@ from shared.stream_decoder import StreamDecoder, token_to_bytes
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
+TOKENIZER_NAME = "tokenizer.json"
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 MAX_PADDING_IDS = 128
 """A model may have this many more ids than its tokenizer: embeddings are often rounded up for speed."""
@@ -58,7 +59,7 @@ class Tokenizer:
         Raises:
             TokenizerError: the first is missing, or any of them cannot be read.
         """
-        path = folder / "tokenizer.json"
+        path = folder / TOKENIZER_NAME
         if not path.is_file():
             raise TokenizerError(f"{folder} has no tokenizer.json; copy there the one that the model was trained with")
         try:
@@ -191,12 +192,12 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of all that decides ids; the same for a tokenizer saved and read again."""
+        """Hash of all that decides ids as this version of the library writes it, in whatever file they were read."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` as transformers 4 and 5 read them."""
-        write_atomically(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_atomically(folder / TOKENIZER_NAME, self.backend.to_str(pretty=True))
         # transformers 5 rebuilds a "GPT2Tokenizer" without the digit splitting; this class takes the file as it is.
         settings = {**self.settings, "tokenizer_class": "PreTrainedTokenizerFast"}
         settings.setdefault("clean_up_tokenization_spaces", False)

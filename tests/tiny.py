@@ -43,13 +43,21 @@ def tiny_model(seed: int = 0) -> SmolLM2:
     return model.eval()
 
 
-def write_tiny_export(models_dir: Path, name: str = "tiny", *, seed: int = 0) -> ModelFolder:
+@functools.cache
+def other_tokenizer() -> Tokenizer:
+    """As many ids, most of which stand for other text."""
+    return Tokenizer.train([FILLER[::-1], *TINY_TEXTS], vocab_size=TINY.vocab_size)
+
+
+def write_tiny_export(
+    models_dir: Path, name: str = "tiny", *, seed: int = 0, tokenizer: Tokenizer | None = None
+) -> ModelFolder:
     """Write a real export folder `models_dir/name` and describe it. Another seed gives another revision."""
     models_dir.mkdir(parents=True, exist_ok=True)
     write_export(
         models_dir / name,
         tiny_model(seed),
-        tiny_tokenizer(),
+        tokenizer or tiny_tokenizer(),
         trained_length=64,
         details={"step": 3, "recipe": "tiny"},
     )

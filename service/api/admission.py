@@ -269,7 +269,7 @@ def describe_job(
         stop=tuple(asked.stop),
         logprobs=logprobs,
         options={
-            "tokenizer": model.tokenizer.sha256,
+            "tokenizer_sha256": model.folder.tokenizer_sha256,
             "parameters": parameters,
             "warnings": list(warnings),
             "ignore_eos": asked.ignore_eos,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.errors import NotFound, NotReady
-from shared.catalog import ModelFolder, choose_default_model, list_model_folders
+from shared.catalog import ModelFolder, choose_default_model, list_model_folders, load_tokenizer
 from shared.errors import GenerationError, SmolLMError, StorageError
 from shared.tokenizer import Tokenizer
 
@@ -103,8 +103,7 @@ class Models:
                 models[name] = known
                 continue
             try:
-                tokenizer = Tokenizer.from_folder(folder.path)
-                tokenizer.check_fits(folder.config)
+                tokenizer = load_tokenizer(folder)
                 warm_up(tokenizer)
             except Exception as error:  # whatever is wrong with one model, the others are served
                 is_ours = not isinstance(error, (SmolLMError, OSError))
@@ -123,8 +122,8 @@ class Models:
 
 
 def warm_up(tokenizer: Tokenizer) -> None:
-    """Do here, in a thread, what the first request would otherwise wait for: tables, a hash, a compiled template."""
-    _ = tokenizer.bytes_of_tokens, tokenizer.vocabulary, tokenizer.sha256
+    """Do here, in a thread, what the first request would otherwise wait for: tables, a compiled template."""
+    _ = tokenizer.bytes_of_tokens, tokenizer.vocabulary
     if tokenizer.has_chat_template:
         with contextlib.suppress(GenerationError):
             tokenizer.render_chat([{"role": "user", "content": ""}])

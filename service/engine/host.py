@@ -21,12 +21,11 @@ from service.engine.engine import Engine
 from service.engine.network import Weights, load_network
 from service.engine.pace import STALL
 from service.engine.sequence import Sequence
-from shared.catalog import ModelFolder, list_model_folders
+from shared.catalog import ModelFolder, list_model_folders, load_tokenizer
 from shared.device import is_out_of_memory
 from shared.errors import SmolLMError, first_line
 from shared.log import GoesOn
 from shared.sampling import SamplingParams
-from shared.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +73,8 @@ def load_host(
         WeightsError, TokenizerError: what is wrong with the folder.
     """
     started_s = time.monotonic()
-    tokenizer = Tokenizer.from_folder(folder.path)
-    tokenizer.check_fits(folder.config)
-    _ = tokenizer.bytes_of_tokens, tokenizer.vocabulary, tokenizer.sha256  # what the first request would wait for
+    tokenizer = load_tokenizer(folder)
+    _ = tokenizer.bytes_of_tokens, tokenizer.vocabulary  # what the first request would wait for
     model, network = load_network(folder, device=device, dtype=dtype, weights=weights, kernels=kernels)
     engine = Engine(
         model,

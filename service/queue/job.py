@@ -39,9 +39,9 @@ class JobRequest:
     logprobs: int | None = None
     """How many alternatives to report beside each token's own log-probability; None reports nothing."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the engine takes beside it (`ignore_eos`, `stop_token_ids`, `grammar`, `scores_prompt`), the sha256 of the
-    `tokenizer` whose ids these are, and what only the API reads again, for its answer: warnings, the client's own
-    parameters."""
+    """What the engine takes beside it (`ignore_eos`, `stop_token_ids`, `grammar`, `scores_prompt`), the
+    `tokenizer_sha256` of the model's folder whose ids these are, and what only the API reads again, for its answer:
+    warnings, the client's own parameters."""
 
     @property
     def cost(self) -> int:

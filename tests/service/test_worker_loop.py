@@ -19,7 +19,7 @@ from service.queue.job_queue import JobQueue
 from service.queue.worker_queue import WorkerQueue
 from service.worker import Worker
 from tests.processes import wait_until
-from tests.tiny import tiny_tokenizer, write_tiny_export
+from tests.tiny import write_tiny_export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,11 +157,10 @@ def test_a_job_that_another_worker_has_is_dropped_before_new_ones_are_taken(work
 
 def test_a_job_of_another_vocabulary_is_not_read_under_this_one(worker: Worker, redis_url: str) -> None:
     """The model was replaced while it waited: the same numbers would be other words, and nobody would know."""
-    sha256 = tiny_tokenizer().sha256
-    assert worker.hosts.current["tiny"].engine.tokenizer.sha256 == sha256
-    same = work_until_it_ends(worker, redis_url, admit(redis_url, options={"tokenizer": sha256}))
+    sha256 = worker.hosts.current["tiny"].folder.tokenizer_sha256
+    same = work_until_it_ends(worker, redis_url, admit(redis_url, options={"tokenizer_sha256": sha256}))
     assert same.state is JobState.SUCCEEDED and same.finish is not None and same.finish.code is None
-    other = work_until_it_ends(worker, redis_url, admit(redis_url, options={"tokenizer": "0" * 64}))
+    other = work_until_it_ends(worker, redis_url, admit(redis_url, options={"tokenizer_sha256": "0" * 64}))
     assert other.state is JobState.FAILED and other.finish is not None and not other.completion.token_ids
     assert other.finish.code == "model_changed" and "another tokenizer" in str(other.finish.error)
     assert not worker.running and worker.hosts.current["tiny"].engine.free_slots == 4

@@ -15,11 +15,12 @@ from shared.catalog import (
     ModelFolder,
     choose_default_model,
     list_model_folders,
+    load_tokenizer,
     read_model_folder,
 )
-from shared.errors import ConfigError, SmolLMError, StorageError, WeightsError
+from shared.errors import ConfigError, SmolLMError, StorageError, TokenizerError, WeightsError
 from shared.files import sha256_file
-from tests.tiny import TINY, write_tiny_export
+from tests.tiny import TINY, other_tokenizer, tiny_tokenizer, write_tiny_export
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -48,7 +49,7 @@ def test_a_folder_without_manifest_is_hashed_once(tmp_path: Path, monkeypatch: p
     calls: list[Path] = []
 
     def counted(path: Path) -> str:
-        calls.append(path)
+        calls.extend([path] if path == folder.weights else [])
         return sha256_file(path)
 
     monkeypatch.setattr(catalog, "sha256_file", counted)
@@ -162,6 +163,19 @@ def test_new_changed_and_removed_models_are_noticed(tmp_path: Path) -> None:
     assert list_model_folders(tmp_path) == {}
 
 
+def test_a_corrected_tokenizer_makes_it_another_model(tmp_path: Path) -> None:
+    """Nothing of its manifest changes, and its ids are other words."""
+    first = write_tiny_export(tmp_path)
+    assert first.tokenizer_sha256 == sha256_file(first.path / "tokenizer.json")
+    assert load_tokenizer(first).sha256 == tiny_tokenizer().sha256
+    other_tokenizer().save(first.path)
+    second = list_model_folders(tmp_path)["tiny"]
+    assert second != first and second.manifest == first.manifest and second.revision == first.revision
+    assert load_tokenizer(second).sha256 == other_tokenizer().sha256
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json changed while the model was loaded"):
+        load_tokenizer(first)
+
+
 def test_polling_reads_nothing_that_did_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_export(tmp_path)
     list_model_folders(tmp_path)
@@ -208,6 +222,7 @@ def model(name: str, created_at: str | None, trained_here: bool, recipe: str = "
         config=TINY,
         weights=Path(name),
         revision="",
+        tokenizer_sha256=None,
         trained_length=None,
         created_at=created_at,
         trained_here=trained_here,

@@ -53,7 +53,7 @@ def test_the_blocking_answer_is_the_contract_s(
 
 
 def test_the_worker_gets_what_the_client_asked(
-    client: httpx2.Client, worker: ScriptedWorker, tokenizer: Tokenizer
+    client: httpx2.Client, worker: ScriptedWorker, tokenizer: Tokenizer, folders: dict[str, ModelFolder]
 ) -> None:
     asked = {
         "temperature": 0,
@@ -72,7 +72,7 @@ def test_the_worker_gets_what_the_client_asked(
     assert request.sampling == asked
     assert request.prompt_ids == tuple(tokenizer.encode("All:"))
     assert request.max_new_tokens == 2 and request.stop == ("a", "\n") and request.logprobs == 2
-    assert request.model == "tiny" and request.options["tokenizer"] == tokenizer.sha256
+    assert request.model == "tiny" and request.options["tokenizer_sha256"] == folders["tiny"].tokenizer_sha256
 
 
 def test_a_seed_is_drawn_and_told(client: httpx2.Client, worker: ScriptedWorker) -> None:

@@ -14,7 +14,7 @@ from service.engine.host import Host, Hosts, Load, load_host
 from service.engine.sequence import Sequence
 from shared.catalog import ModelFolder
 from shared.sampling import SamplingParams
-from tests.tiny import write_tiny_export
+from tests.tiny import other_tokenizer, tiny_tokenizer, write_tiny_export
 
 
 def loader(dtype: torch.dtype) -> Load:
@@ -56,6 +56,17 @@ def test_a_new_revision_takes_new_jobs_and_the_old_one_ends_its_own(hosts: Hosts
     shutil.rmtree(second.path)
     hosts.refresh()
     assert hosts.adopt() and hosts.current == {}
+
+
+def test_a_corrected_tokenizer_is_loaded(hosts: Hosts) -> None:
+    """As where a folder is copied over another and the worker looks between two of its files."""
+    folder = write_tiny_export(hosts.models_dir)
+    hosts.refresh()
+    assert hosts.adopt() and hosts.current["tiny"].engine.tokenizer.sha256 == tiny_tokenizer().sha256
+    other_tokenizer().save(folder.path)
+    hosts.refresh()
+    assert hosts.adopt() and hosts.current["tiny"].engine.tokenizer.sha256 == other_tokenizer().sha256
+    assert hosts.current["tiny"].revision == folder.revision
 
 
 def test_a_folder_that_cannot_be_loaded_harms_no_other(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
