@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -137,20 +138,39 @@ class Worker:
     def take_jobs(self, host: Host) -> None:
         """Fill the free slots of one engine."""
         engine = host.engine
-        jobs = []
-        if not engine.has_work:  # whatever it costs: an empty engine is all the room there will ever be
-            jobs = self.queue.next(host.name, host.revision, num_slots=1, num_tokens=ANY_COST)
-            if not jobs:
-                return
-            self.begin(jobs[0], host)
-        for job in self.queue.next(
-            host.name,
-            host.revision,
-            num_slots=engine.free_slots,
-            num_tokens=engine.free_tokens,
-            num_spare=engine.cache.num_slots // SLOTS_PER_SPARE,
-        ):
-            self.begin(job, host)
+        if any(old.name == host.name and old.engine.statistics.num_waiting for old in self.hosts.retired):
+            return  # the head of the queue is a replaced revision's, and waits in its engine for room
+        # Whatever the first costs: an empty engine is all the room there will ever be.
+        if not engine.has_work and not self.take(host, num_slots=1, num_tokens=ANY_COST):
+            return
+        num_spare = engine.cache.num_slots // SLOTS_PER_SPARE
+        self.take(host, num_slots=engine.free_slots, num_tokens=engine.free_tokens, num_spare=num_spare)
+
+    def take(self, host: Host, *, num_slots: int, num_tokens: int, num_spare: int = 0) -> int:
+        """Take jobs for one engine and return how many; what only a replaced revision can read goes to that one."""
+        room = {"num_slots": num_slots, "num_tokens": num_tokens, "num_spare": num_spare}
+        jobs = self.queue.next(host.name, host.revision, **room)
+        strays = []
+        for job in jobs:
+            owner = self.owner_of(job, host)
+            if owner is None or owner is host:
+                self.begin(job, host)
+            else:
+                strays.append((job, owner))
+        # They were leased as jobs of this revision; leased anew as the other's, their answers name the one they are of.
+        self.queue.release([job for job, _ in strays])
+        for owner, count in Counter(owner for _, owner in strays).items():
+            for job in self.queue.next(owner.name, owner.revision, num_slots=count, num_tokens=ANY_COST):
+                if self.owner_of(job, owner) is owner:
+                    self.begin(job, owner)
+                else:
+                    self.queue.release([job])
+        return len(jobs)
+
+    def owner_of(self, job: LeasedJob, host: Host) -> Host | None:
+        """The revision of a host's model whose tokenizer wrote a job's ids; None where it is not loaded (any more)."""
+        sha256 = job.request.options.get("tokenizer_sha256")
+        return host if sha256 in (None, host.folder.tokenizer_sha256) else self.hosts.find(host.name, sha256)
 
     def begin(self, job: LeasedJob, host: Host) -> None:
         """Hand a job to an engine, behind what an earlier attempt delivered."""
@@ -329,6 +349,7 @@ class Worker:
         return WorkerInfo(
             id=self.queue.worker_id,
             models={name: host.revision for name, host in current.items()},
+            tokenizers={name: sha256 for name, host in current.items() if (sha256 := host.folder.tokenizer_sha256)},
             slots=sum(engine.cache.num_slots for engine in engines),
             free=sum(engine.free_slots for engine in engines),
             device=str(engines[0].model.device) if engines else "",

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from service.errors import NotFound, NotReady
+from service.queue.job import WorkerInfo
 from shared.catalog import ModelFolder, choose_default_model, list_model_folders, load_tokenizer
 from shared.errors import GenerationError, SmolLMError, StorageError
 from shared.tokenizer import Tokenizer
@@ -18,6 +20,10 @@ log = logging.getLogger("service.api")
 
 LOOK_AGAIN_S = 0.5
 """A name that is not known is worth one more look at the folder, at most this often."""
+
+
+Workers = Callable[[], Awaitable[Sequence[WorkerInfo]]]
+"""Ask for the live workers; raises `NotReady` while nobody can tell."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,10 @@ class Model:
         return self.folder.name
 
     @property
+    def revision(self) -> str:
+        return self.folder.revision
+
+    @property
     def context_length(self) -> int:
         return self.folder.config.max_position_embeddings
 
@@ -39,10 +49,16 @@ class Model:
 class Models:
     """The models there are now."""
 
-    def __init__(self, models_dir: Path, *, preferred: str | None) -> None:
+    def __init__(self, models_dir: Path, *, preferred: str | None, workers: Workers) -> None:
         self._models_dir = models_dir
         self._preferred = preferred
+        self._workers = workers
+        self._read: dict[str, Model] = {}
+        """As they stand in the folder."""
         self._models: dict[str, Model] = {}
+        """As they are served."""
+        self._waiting: dict[str, Model] = {}
+        """Read, and not yet served: some worker does not have them yet."""
         self._default: str | None = None
         self._refused: dict[str, str] = {}
         """By name: why a model was left out when it was last looked at."""
@@ -65,7 +81,9 @@ class Models:
         """Look at the folder again, unless somebody did within `older_than_s`."""
         async with self._lock:
             if time.monotonic() - self._looked_at >= older_than_s:
-                await asyncio.to_thread(self._refresh)
+                await asyncio.to_thread(self._read_folder)
+                await self._serve()
+                self._looked_at = time.monotonic()
 
     async def get(self, name: str | None) -> Model:
         """Return a model by name, the default one for None.
@@ -94,13 +112,12 @@ class Models:
             )
         return self._models[name]
 
-    def _refresh(self) -> None:
-        folders = list_model_folders(self._models_dir)
-        models = {}
-        for name, folder in folders.items():
-            known = self._models.get(name)
+    def _read_folder(self) -> None:
+        read = {}
+        for name, folder in list_model_folders(self._models_dir).items():
+            known = self._read.get(name)
             if known is not None and known.folder is folder:  # the same object as long as its files stay the same
-                models[name] = known
+                read[name] = known
                 continue
             try:
                 tokenizer = load_tokenizer(folder)
@@ -111,14 +128,54 @@ class Models:
                 if self._refused.get(name) != reason:
                     log.warning("model %s is left out: %s", name, reason, exc_info=is_ours)
                 self._refused[name] = reason
+                if known is not None:  # workers go on with it too
+                    read[name] = known
                 continue
             self._refused.pop(name, None)
-            models[name] = Model(folder, tokenizer)
-            log.info("model %s, revision %s", name, folder.revision[:12])
-        default, reason = choose_default_model({n: m.folder for n, m in models.items()}, self._preferred)
+            read[name] = Model(folder, tokenizer)
+        self._read = read
+
+    async def _serve(self) -> None:
+        """Serve what was read, but a replaced model as it was until its workers have the new one, if it has any."""
+        models, waiting = {}, {}
+        for name, model in self._read.items():
+            served = self._models.get(name)
+            if served is not None and identity(served.folder) != identity(model.folder) and await self._waits(model):
+                models[name], waiting[name] = served, model
+                if self._waiting.get(name) is not model:
+                    log.info(
+                        "model %s was replaced; revision %s goes on until its workers have it",
+                        name,
+                        served.revision[:12],
+                    )
+                continue
+            models[name] = model
+            if served is not model:
+                log.info("model %s, revision %s", name, model.revision[:12])
+        default, reason = choose_default_model({name: model.folder for name, model in models.items()}, self._preferred)
         if default != self._default:
             log.info("default model is %s: %s", default, reason)
-        self._models, self._default, self._looked_at = models, default, time.monotonic()
+        self._models, self._waiting, self._default = models, waiting, default
+
+    async def _waits(self, model: Model) -> bool:
+        """Whether a live worker still takes jobs for what stood there before; all wait while nobody can say."""
+        try:
+            workers = await self._workers()
+        except NotReady:
+            return True
+        serving = [worker for worker in workers if model.name in worker.models and not worker.draining]
+        return not all(has(worker, model.folder) for worker in serving)
+
+
+def identity(folder: ModelFolder) -> tuple[str, str | None]:
+    """What API and workers must agree on."""
+    return folder.revision, folder.tokenizer_sha256
+
+
+def has(worker: WorkerInfo, folder: ModelFolder) -> bool:
+    """Whether a worker says that it takes jobs for just this."""
+    tokenizer_sha256 = worker.tokenizers.get(folder.name, folder.tokenizer_sha256)
+    return (worker.models.get(folder.name), tokenizer_sha256) == identity(folder)
 
 
 def warm_up(tokenizer: Tokenizer) -> None:

@@ -42,7 +42,7 @@ class ApiState:
         self.client = async_redis(settings.redis_url.get_secret_value())
         self.queue = JobQueue(self.client, limits=self.limits)
         self.streams = TokenStreams(self.client, queue=self.queue)
-        self.models = Models(settings.models_dir, preferred=settings.default_model)
+        self.models = Models(settings.models_dir, preferred=settings.default_model, workers=self.queue.workers)
         self.metrics = ApiMetrics()
         self.tracer = tracer or open_tracer("api", settings.otlp_endpoint)
         self.redis = RedisWatch(self.queue, self.metrics)

@@ -1,7 +1,7 @@
 """Model folders as running engines: loaded beside the running ones, swapped in between two steps, dropped when done.
 
 A new revision takes all new jobs at once. The old one keeps its sequences until the last has ended, so no stream
-changes its model in mid-answer and none is cut.
+changes its model in mid-answer and none is cut. Jobs whose ids only the old one can read are still its own.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
 """A folder that could not be loaded is tried again after this long, or as soon as it changes."""
+KEEP_S = 30.0
+"""A replaced revision with another tokenizer goes on taking jobs of its own ids until none came for this long: API
+processes write them until every worker has the new one."""
 WARM_UP_PROMPTS, WARM_UP_TOKENS = (16, 64, 64), 12
 
 
@@ -140,10 +143,12 @@ class Hosts:
         self.models_dir = models_dir
         self.load = load
         self.poll_s = poll_s
+        self.keep_s = KEEP_S
         self.current: dict[str, Host] = {}
         """By name: the revision that takes new jobs."""
         self.retired: list[Host] = []
-        """Older revisions that still have sequences."""
+        """Older revisions that still have sequences, or may get more."""
+        self._needed_until_s: dict[Host, float] = {}
         self._changes: queue.SimpleQueue[Host | str] = queue.SimpleQueue()
         self._loaded: dict[str, ModelFolder] = {}
         self._failed: dict[str, tuple[ModelFolder, float]] = {}
@@ -163,9 +168,19 @@ class Hosts:
         """Every engine that may have work."""
         return [*self.current.values(), *self.retired]
 
+    def find(self, name: str, tokenizer_sha256: str | None) -> Host | None:
+        """Return the newest revision of a model that reads these ids; asked for, an older one is kept longer."""
+        revisions = [host for host in reversed([*self.retired, *self.current.values()]) if host.name == name]
+        found = next((host for host in revisions if host.folder.tokenizer_sha256 == tokenizer_sha256), None)
+        if found in self._needed_until_s:
+            self._needed_until_s[found] = time.monotonic() + self.keep_s
+        return found
+
     def adopt(self) -> bool:
         """Let loaded models take new jobs and drop engines that are done; True when what is offered changed."""
-        self.retired = [host for host in self.retired if host.engine.has_work]
+        now_s = time.monotonic()
+        self._needed_until_s = {host: until_s for host, until_s in self._needed_until_s.items() if now_s < until_s}
+        self.retired = [host for host in self.retired if host.engine.has_work or host in self._needed_until_s]
         changed = False
         while True:
             try:
@@ -174,10 +189,13 @@ class Hosts:
                 return changed
             changed = True
             name = change if isinstance(change, str) else change.name
-            if name in self.current:
-                self.retired.append(self.current.pop(name))
+            old = self.current.pop(name, None)
+            if old is not None:
+                self.retired.append(old)
             if isinstance(change, Host):
                 self.current[name] = change
+                if old is not None and old.folder.tokenizer_sha256 != change.folder.tokenizer_sha256:
+                    self._needed_until_s[old] = now_s + self.keep_s
 
     def _watch(self) -> None:
         goes_on = GoesOn(log, "the look through the models folder")  # which may be closed for a while

@@ -223,6 +223,8 @@ class WorkerInfo:
     id: str
     models: dict[str, str]
     """Name to revision of the models whose jobs it takes."""
+    tokenizers: dict[str, str] = field(default_factory=dict)
+    """Name to `ModelFolder.tokenizer_sha256` of the same; empty where an older version says nothing of it."""
     slots: int
     free: int
     device: str
@@ -232,6 +234,12 @@ class WorkerInfo:
     """Milliseconds since it last said so; filled in when read."""
     details: dict[str, Any] = field(default_factory=dict)
     """Anything more for people: tokens per second, cached tokens, versions."""
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, age_ms: int) -> WorkerInfo:
+        """Read what a worker of any version said; what this one does not know is passed over."""
+        known = {name: value for name, value in json.loads(text).items() if name in cls.__dataclass_fields__}
+        return cls(**{**known, "age_ms": age_ms})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ Methods raise `NotReady` at once while Redis is away or out of memory: there is 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import random
 import secrets
@@ -260,7 +259,7 @@ class JobQueue:
             seen: Any = await self._client.zrange(keys.WORKERS, 0, -1, withscores=True)
             infos = await self._client.mget([keys.WORKER + name for name, _ in seen]) if seen else []
         return [
-            WorkerInfo(**{**json.loads(info), "age_ms": max(0, now - int(score))})
+            WorkerInfo.from_json(info, age_ms=max(0, now - int(score)))
             for (_, score), info in zip(seen, infos, strict=True)
             if info is not None
         ]

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import pytest
 
 from service.queue import keys
-from tests.e2e.client import Connection, ask
+from tests.e2e.client import Answer, Connection, ask
 from tests.e2e.cluster import MODEL, Cluster
 from tests.e2e.streams import Told, bodies, follow
 from tests.processes import PATIENCE_S
+from tests.tiny import other_tokenizer, tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 
@@ -237,6 +238,38 @@ async def test_rolling_restart(cluster: Cluster) -> None:
             cluster.workers.remove(old)
 
     await disturbed(cluster, roll)
+
+
+async def test_model_replaced_by_one_with_another_tokenizer(cluster: Cluster) -> None:
+    """Every API process goes on with the old one until every worker has the new one; no request fails."""
+    body = {"prompt": "First Citizen:", "max_new_tokens": 8}
+    answers: list[Answer] = []
+    is_over = False
+
+    async def ids(url: str) -> list[int]:
+        async with Connection(url) as connection:
+            token_ids: list[int] = (await connection.ask("POST", "/tokenize", {"text": body["prompt"]})).json()[
+                "token_ids"
+            ]
+            return token_ids
+
+    async def go_on(url: str) -> None:
+        async with Connection(url) as connection:
+            while not is_over:
+                answers.append(await connection.ask("POST", "/generate", body))
+
+    clients = [asyncio.create_task(go_on(url)) for url in cluster.apis for _ in range(2)]
+    other_tokenizer().save(cluster.root / "models" / MODEL)
+    give_up_at = time.monotonic() + PATIENCE_S
+    while [await ids(url) for url in cluster.apis] != 2 * [other_tokenizer().encode(str(body["prompt"]))]:
+        assert time.monotonic() < give_up_at, "the API processes never took the new tokenizer"
+        await asyncio.sleep(0.05)
+    before = len(answers)
+    await until(lambda: len(answers) > before + 20, "answers of the new one")
+    is_over = True
+    await asyncio.gather(*clients)
+    assert [answer.json() for answer in answers if answer.status != 200] == []
+    tiny_tokenizer().save(cluster.root / "models" / MODEL)
 
 
 async def test_nothing_is_left_behind(cluster: Cluster) -> None:

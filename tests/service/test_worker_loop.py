@@ -19,7 +19,7 @@ from service.queue.job_queue import JobQueue
 from service.queue.worker_queue import WorkerQueue
 from service.worker import Worker
 from tests.processes import wait_until
-from tests.tiny import write_tiny_export
+from tests.tiny import other_tokenizer, write_tiny_export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,6 +164,35 @@ def test_a_job_of_another_vocabulary_is_not_read_under_this_one(worker: Worker, 
     assert other.state is JobState.FAILED and other.finish is not None and not other.completion.token_ids
     assert other.finish.code == "model_changed" and "another tokenizer" in str(other.finish.error)
     assert not worker.running and worker.hosts.current["tiny"].engine.free_slots == 4
+
+
+def test_what_waited_for_the_old_tokenizer_is_answered_by_the_old_model(worker: Worker, redis_url: str) -> None:
+    old = worker.hosts.current["tiny"]
+    sha256_of_old = {"tokenizer_sha256": old.folder.tokenizer_sha256}
+    undisturbed = work_until_it_ends(worker, redis_url, admit(redis_url, options=sha256_of_old, max_new_tokens=20))
+    waiting = [
+        admit(redis_url, options=sha256_of_old, max_new_tokens=20) for _ in range(6)
+    ]  # more than the engine has slots
+    folder = write_tiny_export(worker.hosts.models_dir, seed=1, tokenizer=other_tokenizer())
+    fresh = admit(redis_url, options={"tokenizer_sha256": folder.tokenizer_sha256}, max_new_tokens=20)
+    worker.hosts.refresh()
+    worker.turn()
+    new = worker.hosts.current["tiny"]
+    assert new.revision == folder.revision != old.revision
+    for job_id in waiting:
+        record = work_until_it_ends(worker, redis_url, job_id)
+        assert record.completion == undisturbed.completion
+        assert (record.revision, record.attempt) == (old.revision, 2), "one more than the lease it was given back from"
+    answer = work_until_it_ends(worker, redis_url, fresh)
+    assert answer.state is JobState.SUCCEEDED and answer.revision == new.revision
+    late = work_until_it_ends(worker, redis_url, admit(redis_url, options=sha256_of_old, max_new_tokens=20))
+    assert late.revision == old.revision, "as long as some API process may still write its ids"
+    worker.hosts.keep_s = 0.0
+    worker.hosts.find("tiny", old.folder.tokenizer_sha256)
+    worker.turn()
+    assert worker.hosts.all == [new]
+    too_late = work_until_it_ends(worker, redis_url, admit(redis_url, options=sha256_of_old, max_new_tokens=20))
+    assert too_late.finish is not None and too_late.finish.code == "model_changed"
 
 
 def test_a_stop_token_that_the_model_does_not_have_fails_its_job_alone(worker: Worker, redis_url: str) -> None:

@@ -95,6 +95,8 @@ class ScriptedWorker:
         self.finish: Finish | None = None
         """Set: how jobs end, whatever they deliver."""
         self.text = TEXT
+        self.tokenizers: dict[str, str] = {}
+        """By model: what it announces; a worker of an older version says nothing."""
         self.taken: list[LeasedJob] = []
         self.dropped: list[str] = []
         """Jobs that the queue told it to drop."""
@@ -121,8 +123,17 @@ class ScriptedWorker:
 
     def announce(self) -> None:
         names = {name: revision for name, (revision, _) in self.models.items()}
-        info = WorkerInfo(id="scripted", models=names, slots=8, free=8, device="cpu", dtype="float32")
-        self.queue.announce(info)
+        self.queue.announce(
+            WorkerInfo(
+                id="scripted",
+                models=names,
+                tokenizers=self.tokenizers,
+                slots=8,
+                free=8,
+                device="cpu",
+                dtype="float32",
+            )
+        )
 
     def _run(self) -> None:
         threads: list[threading.Thread] = []

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from tests.service.api.stack import client_of, make_settings, running_api, wait_until
+from shared.catalog import read_model_folder
+from tests.service.api.stack import ScriptedWorker, client_of, make_settings, running_api, wait_until
 from tests.service.api.test_bad_input import assert_error
-from tests.tiny import write_tiny_export
+from tests.tiny import TINY_TEXTS, other_tokenizer, tiny_tokenizer, write_tiny_export
 
 
 def names(client: httpx2.Client) -> set[str]:
@@ -39,6 +41,47 @@ def test_exports_come_and_go(redis_url: str, tmp_path: Path, runs_dir: Path) -> 
         shutil.rmtree(models_dir / "first")
         wait_until(lambda: names(client) == {"second"}, "the first to be gone")
         assert_error(client.post("/tokenize", json={"text": "a", "model": "first"}), 404, code="model_not_found")
+
+
+def test_a_model_is_replaced_when_its_workers_have_the_new_one(
+    redis_url: str, tmp_path: Path, runs_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models_dir = tmp_path / "models"
+    first = write_tiny_export(models_dir)
+    assert first.tokenizer_sha256 is not None
+    worker = ScriptedWorker(redis_url, {"tiny": (first.revision, tiny_tokenizer())})
+    worker.tokenizers = {"tiny": first.tokenizer_sha256}
+    worker.start()
+    caplog.set_level(logging.INFO)
+    settings = make_settings(redis_url, models_dir, runs_dir, model_poll_s=0.05)
+    try:
+        with running_api(settings) as api, client_of(api) as client:
+
+            def served() -> tuple[str, list[int]]:
+                answer = client.post("/tokenize", json={"text": TINY_TEXTS[0]}).json()
+                return client.get("/v1/models/tiny").json()["revision"], answer["token_ids"]
+
+            other_tokenizer().save(first.path)  # nothing else changes
+            wait_until(lambda: "until its workers have it" in caplog.text, "the API to see it")
+            assert served() == (first.revision, tiny_tokenizer().encode(TINY_TEXTS[0]))
+            second = read_model_folder(first.path)
+            assert second.tokenizer_sha256 is not None
+            worker.tokenizers = {"tiny": second.tokenizer_sha256}
+            wait_until(lambda: served() == (first.revision, other_tokenizer().encode(TINY_TEXTS[0])), "the new one")
+
+            caplog.clear()
+            (first.path / "tokenizer.json").write_text("{")  # half of a copy
+            wait_until(lambda: "model tiny is left out" in caplog.text, "the API to see it")
+            assert served() == (first.revision, other_tokenizer().encode(TINY_TEXTS[0]))
+
+            third = write_tiny_export(models_dir, seed=3)
+            wait_until(lambda: "until its workers have it" in caplog.text, "the API to see the third")
+            assert served()[0] == first.revision
+            worker.stop()
+            worker.queue.withdraw()
+            wait_until(lambda: served()[0] == third.revision, "the third, when nobody serves the model")
+    finally:
+        worker.stop()
 
 
 def test_a_folder_that_cannot_be_read_is_our_fault_and_told_once(
