@@ -160,13 +160,14 @@ class Publisher:
     def _take_due(self, everything: bool) -> dict[str, Pending]:
         """Take what is due: the urgent at once, the rest when its time has come."""
         now_s = time.monotonic()
-        num_read = sum(not self.queue.is_unread(job_id) for job_id in self.pending)
+        unread = {job_id for job_id in self.pending if self.queue.is_unread(job_id)}
+        num_read = len(self.pending) - len(unread)
         interval_s = min(max(FLUSH_INTERVAL_S, num_read * FLUSH_INTERVAL_PER_STREAM_S), MAX_FLUSH_INTERVAL_S)
         is_time_for_all = everything or now_s - self._all_sent_at_s >= UNREAD_INTERVAL_S
         is_time_for_read = is_time_for_all or now_s - self._read_sent_at_s >= interval_s
 
         def is_due(job_id: str, it: Pending) -> bool:
-            is_time = is_time_for_all or (is_time_for_read and not self.queue.is_unread(job_id))
+            is_time = is_time_for_all or (is_time_for_read and job_id not in unread)
             return it.can_go and (is_time or it.is_urgent)
 
         due = {job_id: it for job_id, it in self.pending.items() if is_due(job_id, it)}

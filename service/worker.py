@@ -169,8 +169,9 @@ class Worker:
 
     def owner_of(self, job: LeasedJob, host: Host) -> Host | None:
         """The revision of a host's model whose tokenizer wrote a job's ids; None where it is not loaded (any more)."""
-        sha256 = job.request.options.get("tokenizer_sha256")
-        return host if sha256 in (None, host.folder.tokenizer_sha256) else self.hosts.find(host.name, sha256)
+        if can_read(host, job):
+            return host
+        return self.hosts.find(host.name, job.request.options["tokenizer_sha256"])
 
     def begin(self, job: LeasedJob, host: Host) -> None:
         """Hand a job to an engine, behind what an earlier attempt delivered."""
@@ -179,7 +180,7 @@ class Worker:
         self.running[job.id] = Running(job, host)
         self.observer.took(job, host.name)
         request = job.request
-        if request.options.get("tokenizer_sha256", host.folder.tokenizer_sha256) != host.folder.tokenizer_sha256:
+        if not can_read(host, job):
             # Its ids would be read as other words, and nobody would know.
             sentence = f"The model {host.name!r} was replaced by one with another tokenizer meanwhile; send it again."
             self.fail(job.id, sentence, code="model_changed")
@@ -362,3 +363,9 @@ class Worker:
                 "max_cached_tokens": sum(engine.cache.max_cached_tokens for engine in engines),
             },
         )
+
+
+def can_read(host: Host, job: LeasedJob) -> bool:
+    """Whether a job's ids are of a model's own tokenizer; true where an older API says nothing of it."""
+    own = host.folder.tokenizer_sha256
+    return bool(job.request.options.get("tokenizer_sha256", own) == own)

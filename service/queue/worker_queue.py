@@ -209,9 +209,11 @@ class WorkerQueue:
         flat = self._scripts.run("append", self.limits.lease_ms, *arguments)
         with self._lock:
             for (job, chunk), num_readers in zip(writes, map(int, flat[2::3]), strict=True):
-                # A first chunk may come before its reader; of what was not published (-1) nothing is known.
-                if chunk.first_index > 0 and num_readers >= 0:
-                    self._of(job).is_unread = num_readers == 0
+                # A first chunk may come before its reader; of what was not published (-1) nothing is known; and what
+                # another thread forgot meanwhile stays forgotten.
+                delivered = self._delivered.get(job.id)
+                if delivered is not None and chunk.first_index > 0 and num_readers >= 0:
+                    delivered.is_unread = num_readers == 0
         return _verdicts(flat[::3], flat[1::3])
 
     def _finish(

@@ -213,6 +213,24 @@ async def test_worker_knows_whether_anybody_follows(bench: Bench) -> None:
     assert tokens(await follower) == [5, 6, 7] and not worker.is_unread(job.id)
 
 
+async def test_what_was_cancelled_while_it_was_written_is_forgotten(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, worker = await start(bench), bench.workers["worker"]
+    worker.append([(job, chunk(0, 5))])
+    run = worker._scripts.run
+
+    def run_and_hear_of_the_cancel(name: str, *arguments: Any) -> Any:
+        reply = run(name, *arguments)
+        run("cancel", job.id)
+        assert worker.cancelled_jobs() == {job.id}
+        return reply
+
+    monkeypatch.setattr(worker._scripts, "run", run_and_hear_of_the_cancel)
+    worker.append([(job, chunk(1, 6))])
+    assert job.id not in worker._delivered
+
+
 async def test_cancel_ends_the_stream(bench: Bench) -> None:
     running = await start(bench)
     for job_id in ((await bench.admit()).id, running.id):
