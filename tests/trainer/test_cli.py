@@ -8,18 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.small_run import refused, small_directories, train_small
+from tests.trainer.small_run import refused, small_directories
 from trainer.__main__ import main
 from trainer.run_folder import RunFolder
 from trainer.state import Checkpoints
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, a finished run and its export."""
-    root = tmp_path_factory.mktemp("cli")
-    train_small(root)
-    return root
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.small_run import refused, train_small
+from tests.trainer.small_run import refused
 from trainer.__main__ import main
 from trainer.state import Checkpoints
 
@@ -18,14 +18,6 @@ Preparation = Callable[[Path], object]
 
 TOO_LARGE = ["--set", "model.hidden_size=1600000", "--set", "compile=off"]
 """A matrix of 10 TB."""
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, a finished run and its export."""
-    root = tmp_path_factory.mktemp("mistakes")
-    train_small(root)
-    return root
 
 
 @pytest.fixture
