@@ -27,7 +27,6 @@ struct Queries {
     const uint16_t* numbers;  // [count][head_dim], scaled by log2(e) / sqrt(head_dim)
     int first, count, group;
     int slot, head, start;    // `start`: position of token 0
-    int next_slot = 0, next_head = 0, next_last = 0;  // whose keys this thread will look at afterwards: to be fetched
 
     int end(int i) const { return start + (first + i) / group + 1; }
     int last() const { return end(count - 1); }
@@ -109,10 +108,12 @@ inline const uint8_t* positions(const uint16_t* numbers, int first, int count, i
     return tail;
 }
 
-// Asks for positions to be needed soon; `numbers` holds those from `first` on.
+// Asks for positions to be needed soon; `numbers` holds those from `first` on. Only as far as the second cache: on the
+// way into the first, few lines can be under way at once, and the memory would wait for them (8 sequences of 1,000
+// tokens: 21.9 ms a step instead of 19.8).
 inline void fetch_positions(const uint16_t* numbers, int first, int count, int end, int head_dim) {
     const int some = first + count < end ? count : end - first;
-    for (int number = 0; number < some * head_dim; number += 32) fetch((const uint8_t*)(numbers + number));
+    for (int number = 0; number < some * head_dim; number += 32) __builtin_prefetch(numbers + number, 0, 2);
 }
 
 // 32 positions' values as four tiles. Interleaving within 128-bit lanes leaves the columns of two tiles mixed:
@@ -159,6 +160,8 @@ inline void attend_tiled(const LayerCache& cache, const Queries& queries, Scratc
             transpose(from, E * 2, scratch.query_tiles[tile][half], 64);
         }
     for (int p = 0; p < last; p += BLOCK) {
+        const int ahead = p + BLOCK_LENGTH;
+        if (ahead < last) fetch_positions(cache.keys + place(ahead), ahead, BLOCK, last, E);
         fetch_positions(cache.values + place(p), p, BLOCK, last, E);
         const uint8_t* keys = positions(cache.keys + place(p), p, BLOCK, last, E, scratch.tail);
         TILE_LOAD(4, keys, E * 2);
@@ -180,8 +183,6 @@ inline void attend_tiled(const LayerCache& cache, const Queries& queries, Scratc
     for (int from = 0; from < padded; from += 8 * 32) {
         const int to = from + 8 * 32 < padded ? from + 8 * 32 : padded;
         for (int p = from; p < to; p += 32) {
-            const int64_t next = cache.place(queries.next_slot, queries.next_head, p);
-            fetch_positions(cache.keys + next, p, 32, queries.next_last, E);
             const uint8_t* values = positions(cache.values + place(p), p, 32, last, E, scratch.tail);
             interleave_values(values, scratch.value_tiles[(p - from) / 32]);
         }

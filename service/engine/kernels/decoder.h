@@ -33,7 +33,7 @@ struct Decoder {
         }
         const int group = shape.num_heads / shape.num_kv_heads;
         table = {queries.data(), given.num_rows, group, shape.head_dim};
-        looks.plan(given, first_row_of, shape.num_kv_heads, group);
+        looks.plan(given, first_row_of, shape.num_kv_heads, group, members.size());
         team->run(
             [](void* self, int thread) {
                 static_cast<Decoder*>(self)->work(thread);

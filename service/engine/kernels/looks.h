@@ -1,5 +1,6 @@
 // A step's attention in pieces that threads take one by one: up to 64 queries of one sequence and key-value head each.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <vector>
 #include "rope.h"
@@ -8,29 +9,27 @@ namespace smollm {
 
 class Looks {
    public:
-    void plan(const Step& step, const std::vector<int>& first_row_of, int num_kv_heads, int group) {
-        const int most = Queries::MOST / group * group;
+    // Prompts stand last in a step; they come first here, as threads that begin with the longest pieces end together.
+    void plan(const Step& step, const std::vector<int>& first_row_of, int num_kv_heads, int group, int num_threads) {
         looks_.clear();
-        for (int span = 0; span < step.num_spans; span++)
-            for (int first = 0; first < step.spans[span].count * group; first += most)
-                for (int head = 0; head < num_kv_heads; head++) {
-                    int left = step.spans[span].count * group - first;
-                    looks_.push_back({step.spans[span], first_row_of[span], head, first, left < most ? left : most});
-                }
+        for (int span = step.num_spans - 1; span >= 0; span--) {
+            const int queries = step.spans[span].count * group;
+            const int most = size_of_pieces(queries, num_kv_heads, group, num_threads);
+            for (int first = 0; first < queries; first += most)
+                for (int head = 0; head < num_kv_heads; head++)
+                    looks_.push_back({step.spans[span], first_row_of[span], head, first, std::min(most, queries - first)});
+        }
     }
 
     // Before every layer, by one thread.
     void begin() { next_.store(0, std::memory_order_relaxed); }
 
-    // Works on pieces until all are taken, each one known ahead, to fetch its keys beside the work on the one before.
+    // Works on pieces until all are taken.
     // `mixed`: [row][query head][E], where the weighted values go.
     void take(const QueryTable& table, const LayerCache& cache, Scratch& scratch, float* mixed, int mixed_size) {
-        auto next_number = [&] { return next_.fetch_add(1, std::memory_order_relaxed); };
         const int count = (int)looks_.size();
-        for (int i = next_number(), next; i < count; i = next) {
-            next = next_number();
-            look(looks_[i], next < count ? &looks_[next] : nullptr, table, cache, scratch, mixed, mixed_size);
-        }
+        for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;)
+            look(looks_[i], table, cache, scratch, mixed, mixed_size);
     }
 
    private:
@@ -39,16 +38,19 @@ class Looks {
         int first_row, head, first, count;  // queries [first, first + count) of the span's, [row][query head]
     };
 
-    static void look(const Look& look, const Look* next, const QueryTable& table, const LayerCache& cache,
-                     Scratch& scratch, float* mixed, int mixed_size) {
+    // Large pieces read the keys less often; but three of them, one of each head, would leave one of two threads idle.
+    static int size_of_pieces(int queries, int num_kv_heads, int group, int num_threads) {
+        int pieces = (queries + Queries::MOST - 1) / Queries::MOST;
+        while (pieces * num_kv_heads < 2 * num_threads && queries > pieces * BLOCK) pieces++;
+        const int tokens = (queries / group + pieces - 1) / pieces;
+        return std::min(tokens, Queries::MOST / group) * group;
+    }
+
+    static void look(const Look& look, const QueryTable& table, const LayerCache& cache, Scratch& scratch, float* mixed,
+                     int mixed_size) {
         const int E = cache.head_dim, group = table.group;
         const uint16_t* numbers = table.at(look.head, look.first_row, look.first);
         Queries q{numbers, look.first, look.count, group, look.span.slot, look.head, look.span.start};
-        if (next) {
-            q.next_slot = next->span.slot;
-            q.next_head = next->head;
-            q.next_last = next->span.start + next->span.count;
-        }
         float* out[Queries::MOST];
         for (int i = 0; i < look.count; i++) {
             int row = look.first_row + (look.first + i) / group, head = look.head * group + (look.first + i) % group;
