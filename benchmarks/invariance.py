@@ -20,23 +20,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.oracle import EagerPace
 from service.engine.engine import Engine
 from service.engine.host import load_host
 from service.engine.network import choose_serving_dtype
-from service.engine.pace import Pace
 from service.engine.sequence import Sequence
 from shared.catalog import read_model_folder
 from shared.device import choose_device, choose_num_threads
 from shared.sampling import SamplingParams
 
 Answers = list[list[int]]
-
-
-class EagerPace(Pace):
-    """Guesses wherever there is a guess."""
-
-    def num_drafts_worth(self, num_decoding: int, acceptance: float, most: int) -> int:  # noqa: ARG002
-        return most
 
 
 class Requests:

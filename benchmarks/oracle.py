@@ -86,7 +86,7 @@ class Case:
 class EagerPace(Pace):
     """Guesses as much as possible, so that guesses are tried where they would not pay."""
 
-    def num_drafts_worth(self, num_decoding: int, acceptance: float, most: int) -> int:  # noqa: ARG002
+    def num_drafts_worth(self, num_decoding: int, acceptance: float, most: int, position: int = 0) -> int:  # noqa: ARG002
         return most
 
 

@@ -45,7 +45,7 @@ SCHEMA: dict[str, Any] = {
 PATTERN = r"Name: [A-Z][a-z]{2,12}\nAge: [1-9][0-9]\nCity: [A-Z][a-z]{2,12}\nAbout: [A-Za-z ,]{60,120}\."
 EXAMPLES = {
     "JSON by schema": '{"name": "Ada Lovelace", "age": 36, "city": "London", "hobbies": ["mathematics"]}',
-    "regex": "Name: Ada\nAge: 36\nCity: London\nAbout: She wrote the first program, for a machine that nobody had ever built.",
+    "regex": "Name: Ada\nAge: 36\nCity: London\nAbout: She wrote the first program, for a machine that was never built.",
 }
 
 
@@ -71,9 +71,8 @@ class Bench:
     def chat(self, question: str) -> list[int]:
         return self.tokenizer.encode(self.tokenizer.render_chat([{"role": "user", "content": question}]))
 
-    def gaps(self, num_streams: int, long_prompt: bool) -> tuple[list[float], float]:
+    def gaps(self, engine: Engine, num_streams: int, long_prompt: bool) -> tuple[list[float], float]:
         """Seconds between two tokens of a stream, of all streams, and until the long prompt's first token."""
-        engine = self.engine(speculate=False)
         streams = [self.sequence(self.text[9 * n : 9 * n + 16], 400) for n in range(num_streams)]
         for sequence in streams:
             engine.add(sequence)
@@ -85,14 +84,15 @@ class Bench:
         started = last = self.clock()
         gaps: list[float] = []
         first_s = 0.0
-        while len(gaps) < 60 or (long_prompt and not first_s):
+        while not first_s if long_prompt else len(gaps) < 60:
             outputs = engine.step()
             now = self.clock()
             gaps.append(now - last)
             last = now
             if any(output.sequence_id == newcomer.id for output in outputs):
                 first_s = now - started
-                break
+        for sequence in [*streams, newcomer]:
+            engine.cancel(sequence.id)
         return gaps, first_s
 
     def answer(self, engine: Engine, sequences: list[Sequence]) -> tuple[float, list[list[int]]]:
@@ -111,13 +111,19 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def stalls(bench: Bench, streams: list[int]) -> None:
+def stalls(bench: Bench, streams: list[int], rounds: int) -> None:
     print("\nTime between two tokens of a stream while a prompt of 1,500 tokens comes in (must: p99 at most 2x)")
     names = f"{'median':>10}{'p99':>10}{'median with':>13}{'p99 with':>10}{'ratio of p99':>14}{'prompt took':>13}"
     print(f"{'streams':>8}{names}")
     for num_streams in streams:
-        plain, _ = bench.gaps(num_streams, long_prompt=False)
-        beside, first_s = bench.gaps(num_streams, long_prompt=True)
+        plain: list[float] = []
+        beside: list[float] = []
+        engine = bench.engine(speculate=False, share_prefixes=False)
+        bench.gaps(engine, num_streams, long_prompt=True)  # the first round waits for the system to clear memory
+        for _ in range(rounds):
+            plain += bench.gaps(engine, num_streams, long_prompt=False)[0]
+            gaps, first_s = bench.gaps(engine, num_streams, long_prompt=True)
+            beside += gaps
         figures = [1_000 * figure for figure in (statistics.median(plain), percentile(plain, 0.99))]
         figures += [1_000 * figure for figure in (statistics.median(beside), percentile(beside, 0.99))]
         ratio = percentile(beside, 0.99) / percentile(plain, 0.99)
@@ -278,7 +284,7 @@ def main() -> None:
         flush=True,
     )
     parts: dict[str, Callable[[Bench], None]] = {
-        "stalls": lambda bench: stalls(bench, options.streams),
+        "stalls": lambda bench: stalls(bench, options.streams, options.rounds),
         "prefixes": prefixes,
         "guesses": lambda bench: guesses(bench, options.rounds),
         "grammars": lambda bench: grammars(bench, options.rounds),

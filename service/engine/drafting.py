@@ -48,7 +48,7 @@ class Drafter:
         start = next((at for n in LENGTHS if (at := self.following.get(tuple(self.tokens[-n:]))) is not None), None)
         if start is None:
             return ()
-        count = pace.num_drafts_worth(num_decoding, self.acceptance, min(most, MOST))
+        count = pace.num_drafts_worth(num_decoding, self.acceptance, min(most, MOST), position=len(self.tokens))
         if count == 0:
             self.fade()
             return ()

@@ -14,7 +14,7 @@ from torch import Tensor
 from service.engine.drafting import Drafter
 from service.engine.kv_cache import KVCache
 from service.engine.network import Network, TorchNetwork
-from service.engine.pace import Pace
+from service.engine.pace import Load, Pace
 from service.engine.scheduler import Scheduler, Work
 from service.engine.scoring import score_prompt
 from service.engine.sequence import Output, Sequence
@@ -25,8 +25,8 @@ from shared.model import SmolLM2
 from shared.sampling import SampledToken, sample
 from shared.tokenizer import Tokenizer
 
-USUAL_PACE = {"cpu": (0.010, 0.0004), "cuda": (0.003, 0.000_01)}
-"""Seconds of a step and of each token in it, by device: where `Pace` begins to learn."""
+USUAL_PACE = {"cpu": (0.010, 0.0004, 2e-7), "cuda": (0.003, 0.000_01, 1e-9)}
+"""Seconds of a step, of each token in it and of each position it looks back at, by device: where `Pace` begins."""
 PREFILL_CHUNK = {"cpu": 256, "cuda": 2_048}
 """Prompt tokens of a step in which nothing decodes, by device: enough to compute at full speed."""
 
@@ -91,8 +91,8 @@ class Engine:
         )
         kind = model.device.type
         self.speculate = speculate
-        fixed_s, each_s = USUAL_PACE.get(kind, USUAL_PACE["cpu"])
-        self.pace = Pace(fixed_s=fixed_s, each_s=each_s)
+        fixed_s, each_s, look_s = USUAL_PACE.get(kind, USUAL_PACE["cpu"])
+        self.pace = Pace(fixed_s=fixed_s, each_s=each_s, look_s=look_s)
         self.scheduler = Scheduler(
             self.cache,
             prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(kind, PREFILL_CHUNK["cpu"]),
@@ -192,7 +192,7 @@ class Engine:
         self.totals.busy_s += seconds
         somebody_decodes = any(item.span.count - len(item.drafts) == 1 for item in work)
         if somebody_decodes:  # pace is about them
-            self.pace.observe(sum(item.span.count for item in work), seconds)
+            self.pace.observe(Load.of(item.span for item in work), seconds)
         return outputs + drawn
 
     def forward(self, work: list[Work]) -> Tensor:

@@ -121,7 +121,7 @@ class Scheduler:
         counts = dict.fromkeys(decoding, 1)
         prefilling = [sequence for sequence in self.running if sequence.num_missing > 1]
         prefilling = [sequence for sequence in prefilling if not self.waits_for_another(sequence)]
-        budget = self.prompt_budget(len(decoding))
+        budget = self.prompt_budget(len(decoding), position=max((one.num_cached for one in prefilling), default=0))
         if prefilling and decoding:
             self.last_budget = budget
         counts |= share(prefilling, budget)
@@ -132,14 +132,14 @@ class Scheduler:
         ]
         return sorted(work, key=lambda item: (item.span.count > 1, item.span.slot))
 
-    def prompt_budget(self, num_decoding: int) -> int:
-        """Prompt tokens of a step beside so many who decode."""
+    def prompt_budget(self, num_decoding: int, position: int) -> int:
+        """Prompt tokens of a step beside so many who decode, where the longest prompt has come to that position."""
         if not num_decoding:
             return self.prefill_chunk
         if self.busy_prefill_chunk is not None:
             return max(self.busy_prefill_chunk, 2 * num_decoding)
         # Twice the last number at most: a pace learnt from steps all alike can be far off, and is put right on the way.
-        bearable = min(self.pace.prompt_tokens_beside(num_decoding), 2 * self.last_budget, self.prefill_chunk)
+        bearable = min(self.pace.prompt_tokens_beside(num_decoding, position), 2 * self.last_budget, self.prefill_chunk)
         return max(bearable, LEAST_PROMPT_TOKENS)
 
     def work_on(self, sequence: Sequence, slot: int, count: int, num_decoding: int) -> Work:
@@ -152,7 +152,7 @@ class Scheduler:
         if sequence.drafter is None or most <= 0:
             return ()
         if sequence.rules is not None:
-            worth = self.pace.num_drafts_worth(num_decoding, FORCED, min(most, MOST_DRAFTS))
+            worth = self.pace.num_drafts_worth(num_decoding, FORCED, min(most, MOST_DRAFTS), sequence.num_tokens)
             if forced := tuple(sequence.rules.forced()[:worth]):
                 return forced
         return sequence.drafter.guess(self.pace, num_decoding, most)

@@ -9,7 +9,8 @@ import pytest
 from benchmarks.oracle import EagerPace
 from service.engine.drafting import MOST, Drafter
 from service.engine.engine import Engine
-from service.engine.pace import Pace
+from service.engine.kv_cache import Span
+from service.engine.pace import Load, Pace
 from service.engine.sequence import Sequence
 from shared.grammar import regex_grammar
 from shared.sampling import SamplingParams
@@ -54,22 +55,35 @@ def test_pace_learns_the_line_and_what_follows_from_it() -> None:
     pace = Pace(fixed_s=0.1, each_s=0.01)
     for _ in range(30):
         for num_tokens in (1, 9, 20):
-            pace.observe(num_tokens, 0.008 + 0.0005 * num_tokens)
+            pace.observe(Load(num_tokens), 0.008 + 0.0005 * num_tokens)
     assert pace.fixed_s == pytest.approx(0.008, rel=0.02) and pace.each_s == pytest.approx(0.0005, rel=0.02)
     assert 0.5 * 17 <= pace.prompt_tokens_beside(1) <= 17, "so many double the step"
     assert pace.prompt_tokens_beside(32) > pace.prompt_tokens_beside(1)
     assert pace.num_drafts_worth(1, 0.9, MOST) == MOST
     assert pace.num_drafts_worth(32, 0.5, MOST) == 0, "with many streams the arithmetic is what costs"
     assert pace.num_drafts_worth(1, 1.0, 5) == 5
-    pace.observe(1, 10.0)  # the machine slept
-    assert pace.expected_s(1) < 0.02
+    pace.observe(Load(1), 10.0)  # the machine slept
+    assert pace.expected_s(Load(1)) < 0.02
+
+
+def test_tokens_that_look_back_at_more_cost_more_so_fewer_stand_beside_streams() -> None:
+    assert Load.of([Span(0, 700, 1), Span(1, 100, 20)]) == Load(21, 19 * 120)
+    pace = Pace(fixed_s=0.1, each_s=0.01)
+    for start in range(0, 1_500, 20):
+        load = Load.of([Span(0, 30, 1), Span(1, start, 20)])
+        pace.observe(load, 0.008 + 0.0003 * 21 + 2e-7 * load.num_positions)
+        pace.observe(Load(1), 0.0083)
+    assert pace.look_s == pytest.approx(2e-7, rel=0.05)
+    assert pace.prompt_tokens_beside(1, position=0) == int(0.7 * 0.0083 / 0.0003)
+    assert pace.prompt_tokens_beside(1, position=1_500) == int(0.7 * 0.0083 / 0.0006)
+    assert pace.num_drafts_worth(8, 0.5, MOST, position=1_500) < pace.num_drafts_worth(8, 0.5, MOST)
 
 
 def test_steps_that_are_all_alike_leave_the_slope() -> None:
     pace = Pace(fixed_s=0.01, each_s=0.001)
     for _ in range(500):
-        pace.observe(4, 0.020)
-    assert pace.expected_s(4) == pytest.approx(0.020, rel=0.05)
+        pace.observe(Load(4), 0.020)
+    assert pace.expected_s(Load(4)) == pytest.approx(0.020, rel=0.05)
     assert pace.each_s == pytest.approx(0.001, rel=0.5)
 
 
