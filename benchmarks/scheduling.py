@@ -45,7 +45,7 @@ SCHEMA: dict[str, Any] = {
 PATTERN = r"Name: [A-Z][a-z]{2,12}\nAge: [1-9][0-9]\nCity: [A-Z][a-z]{2,12}\nAbout: [A-Za-z ,]{60,120}\."
 EXAMPLES = {
     "JSON by schema": '{"name": "Ada Lovelace", "age": 36, "city": "London", "hobbies": ["mathematics"]}',
-    "regex": "Name: Ada\nAge: 36\nCity: London\nAbout: She wrote the first program, for a machine that was never built.",
+    "regex": "Name: Ada\nAge: 36\nCity: London\nAbout: She wrote the first program, for a machine nobody ever built.",
 }
 
 
