@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from shared.drawing import Bits, including, without
 from shared.errors import GenerationError
 
 if TYPE_CHECKING:
@@ -84,27 +84,26 @@ class Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
         self.end_of_text_id = tokenizer.end_of_text_id
-        self.end_token_ids = np.fromiter((token for token in end_token_ids if token < tokenizer.vocab_size), np.int64)
+        self.end_token_ids = [token for token in end_token_ids if token < tokenizer.vocab_size]
         self.matcher = LLMatcher(tokenizer.vocabulary, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
-        self.mask: NDArray[np.bool_] | None = None
+        self.mask: Bits | None = None
         self.check()
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Return which ids may come next, by id.
+    def allowed(self) -> Bits:
+        """Return which ids may come next.
 
         Raises:
             GenerationError: none may: the tokenizer has no token for what must follow, or the parser hit its limits.
         """
         if self.mask is None:
-            bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+            mask = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
             self.check()
-            self.mask = np.unpackbits(bits, bitorder="little").view(np.bool_)
-            self.mask[self.end_of_text_id] = False
-            self.mask[self.end_token_ids] = self.matcher.is_accepting()
-            if not self.mask.any():  # a request's own end token is all that could follow: then it ends there
-                self.mask[self.end_token_ids] = True
-            if not self.mask.any():
+            mask = without(mask, [self.end_of_text_id, *self.end_token_ids])
+            if self.matcher.is_accepting() or not mask.any():
+                mask = including(mask, self.end_token_ids)  # also where a request's own is all that could follow
+            if not mask.any():
                 raise GenerationError("the grammar asks for text that the model has no token for")
+            self.mask = mask
         return self.mask
 
     def push(self, token_id: int) -> bool:

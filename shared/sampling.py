@@ -7,27 +7,31 @@ The meaning of every parameter is that of transformers' logits processors and vL
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.errors import GenerationError, WeightsError
+from shared.drawing import (
+    Bits,
+    Candidates,
+    Draw,
+    Scores,
+    all_ids,
+    check_numbers,
+    draw_all,
+    first_ids,
+    unpack,
+    without,
+)
+from shared.errors import GenerationError
 from shared.uniform import uniform
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this leave one token in any case, and would divide by zero in fp32. vLLM's limit."""
-
-BITS_OF_ONE = 0x3F80_0000
-BUCKET_SHIFT = 19
-"""Drops all but 4 bits of a float's mantissa: 16 buckets for each halving of the weight."""
-
-BLOCK = 256
-"""Weights are summed in blocks of this many: only the block that holds the quantile is walked one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +99,8 @@ def require(holds: bool, name: str, value: float, expected: str) -> None:
 class Constraint(Protocol):
     """What may come next where not every token may: a grammar, say."""
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Return which of the first ids may come next; ids beyond may not."""
+    def allowed(self) -> Bits:
+        """Return which ids may come next; those beyond may not."""
 
 
 @dataclass(slots=True)
@@ -116,20 +120,20 @@ class SamplingRow:
         return len(self.completion_ids)
 
     @property
+    def must_go_on(self) -> bool:
+        """Whether the completion may not end yet."""
+        return self.index < self.params.min_tokens and bool(self.end_token_ids)
+
+    @property
     def changes_scores(self) -> bool:
         """Whether the token is drawn from other scores than the model's own."""
-        params = self.params
-        return (
-            params.has_penalties
-            or bool(params.logit_bias)
-            or self.constraint is not None
-            or self.index < params.min_tokens
-        )
+        return self.params.has_penalties or bool(self.params.logit_bias)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the token is the likeliest by the model's own scores."""
-        return self.params.is_greedy and not self.changes_scores
+        """Whether the token is the likeliest of all by the model's own scores."""
+        is_free = self.constraint is None and not self.must_go_on
+        return self.params.is_greedy and is_free and not self.changes_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +143,6 @@ class SampledToken:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
-
-
-Scores = NDArray[np.float32]
-
-Draw = Callable[[Sequence[Scores], Sequence[SamplingParams], Sequence[float]], list[int]]
-"""Draws a token from each row's scores (V,), by its parameters, with a number in [0, 1). Changes nothing."""
 
 
 def sample(
@@ -218,31 +216,38 @@ def likeliest(logits_BV: Tensor, places: Sequence[int]) -> list[int]:
     return ids
 
 
-def check_numbers(are_numbers: bool) -> None:
-    if not are_numbers:
-        raise WeightsError("the model's scores are not numbers; its weights are damaged, export or download them again")
-
-
 def choose(scores: Sequence[Scores], rows: Sequence[SamplingRow], draw: Draw) -> list[int]:
     """Choose each row's token."""
-    scores = [adjusted(scores_V, row) for scores_V, row in zip(scores, rows, strict=True)]
-    token_ids = [greedy(scores_V) if row.params.is_greedy else -1 for scores_V, row in zip(scores, rows, strict=True)]
+    candidates = [candidates_of(scores_V, row) for scores_V, row in zip(scores, rows, strict=True)]
+    token_ids = [
+        greedy(those.barred()) if row.params.is_greedy else -1 for those, row in zip(candidates, rows, strict=True)
+    ]
     drawn = [number for number, row in enumerate(rows) if not row.params.is_greedy]
     params = [rows[number].params for number in drawn]
     quantiles = [uniform(rows[number].params.seed, rows[number].index) for number in drawn]
-    for number, token_id in zip(drawn, draw([scores[number] for number in drawn], params, quantiles), strict=True):
+    for number, token_id in zip(drawn, draw([candidates[number] for number in drawn], params, quantiles), strict=True):
         token_ids[number] = token_id
     return token_ids
 
 
-def adjusted(scores_V: Scores, row: SamplingRow) -> Scores:
-    """Return the scores that a row's token is drawn from."""
+def candidates_of(scores_V: Scores, row: SamplingRow) -> Candidates:
+    """Return what a row's token is drawn from."""
     if row.changes_scores:
         scores_V = scores_V.copy()
-        bar_tokens(scores_V, row)
         apply_bias(scores_V, row.params.logit_bias)
         apply_penalties(scores_V, row)
-    return scores_V
+    return Candidates(scores_V, allowed_ids(row, len(scores_V)))
+
+
+def allowed_ids(row: SamplingRow, size: int) -> Bits | None:
+    """Return which ids the constraint allows and do not end the completion before `min_tokens`; None: all."""
+    allowed = None if row.constraint is None else first_ids(row.constraint.allowed(), size)
+    if row.must_go_on:
+        going_on = without(all_ids(size) if allowed is None else allowed, row.end_token_ids)
+        if allowed is None or unpack(going_on, size).any():
+            return going_on
+        # Nothing but the end is left to the constraint, which is the stricter of the two.
+    return allowed
 
 
 def greedy(scores_V: Scores) -> int:
@@ -250,37 +255,6 @@ def greedy(scores_V: Scores) -> int:
     best = int(scores_V.argmax())  # NaN counts as largest
     check_numbers(bool(np.isfinite(scores_V[best])))
     return best
-
-
-def draw_all(scores: Sequence[Scores], params: Sequence[SamplingParams], quantiles: Sequence[float]) -> list[int]:
-    """Draw from each row: `draw_from_scores`."""
-    return [draw_from_scores(*each) for each in zip(scores, params, quantiles, strict=True)]
-
-
-def draw_from_scores(scores_V: Scores, params: SamplingParams, u: float) -> int:
-    """Draw the token at quantile `u` of the distribution that scores and parameters give.
-
-    NumPy on one thread: these vectors are too short to gain from torch's threads, which cost most on a busy machine.
-    """
-    best = scores_V.max()
-    check_numbers(bool(np.isfinite(best)))
-    powers_V = scores_V - best  # now no temperature, however small, overflows
-    powers_V /= np.float32(params.temperature)
-    return draw(np.exp(powers_V, out=powers_V), params, u)
-
-
-def bar_tokens(scores_V: Scores, row: SamplingRow) -> None:
-    """Give no chance to what the constraint forbids, and to what would end the completion before `min_tokens`."""
-    if row.constraint is not None:
-        allowed = row.constraint.allowed()[: len(scores_V)]
-        scores_V[: len(allowed)][~allowed] = -np.inf
-        scores_V[len(allowed) :] = -np.inf
-    if row.index < row.params.min_tokens and len(row.end_token_ids):
-        ends = np.asarray(row.end_token_ids, dtype=np.int64)
-        before = scores_V[ends]
-        scores_V[ends] = -np.inf
-        if row.constraint is not None and not np.isfinite(scores_V.max()):
-            scores_V[ends] = before  # nothing but the end is left to the constraint, which is the stricter of the two
 
 
 def apply_bias(scores_V: Scores, logit_bias: Mapping[int, float]) -> None:
@@ -304,67 +278,6 @@ def apply_penalties(scores_V: Scores, row: SamplingRow) -> None:
     if params.presence_penalty or params.frequency_penalty:
         ids, counts = np.unique(completion, return_counts=True)
         scores_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
-
-
-def draw(weights_V: Scores, params: SamplingParams, u: float) -> int:
-    """Filter one row by top-k, then top-p, then min-p, and return the token at quantile `u` of what is left.
-
-    Args:
-        weights_V: probabilities over the likeliest token's, which is exactly 1.
-    """
-    kept = survivors(weights_V, params)
-    if kept is None:
-        return quantile(weights_V, u)
-    return int(kept[quantile(weights_V[kept], u)])
-
-
-def survivors(weights_V: Scores, params: SamplingParams) -> NDArray[np.intp] | None:
-    """Return the ids that top-k, top-p and min-p leave, in a fixed order; None where all stay."""
-    size = len(weights_V)
-    kept: NDArray[np.intp] | None = None
-    if 0 < params.top_k < size:
-        smallest = np.partition(weights_V, size - params.top_k)[size - params.top_k]
-        kept = np.flatnonzero(weights_V >= smallest)  # ties with the k-th stay, as in transformers
-    if params.top_p < 1.0:
-        kept = nucleus(weights_V, kept, params.top_p)
-    if params.min_p > 0.0:
-        floor = np.float32(params.min_p)
-        kept = np.flatnonzero(weights_V >= floor) if kept is None else kept[weights_V[kept] >= floor]
-    return kept
-
-
-def nucleus(weights_V: Scores, ids: NDArray[np.intp] | None, top_p: float) -> NDArray[np.intp]:
-    """Return the fewest of `ids` (None: of all) whose weights reach `top_p` of their sum. Holtzman et al. 2019.
-
-    A token stays while those before it have not reached `top_p`, so at least one does (arXiv 1904.09751). Sorting a
-    whole vocabulary takes milliseconds; instead tokens are counted into buckets by weight, and only the bucket in
-    which the sum is reached is sorted.
-    """
-    weights = weights_V if ids is None else weights_V[ids]
-    total = float(weights.sum(dtype=np.float64))
-    needed = top_p * total
-    # All tokens below this floor together weigh less than 1 - top_p, so the nucleus lies above it: most go here.
-    possible = np.flatnonzero(weights >= np.float32((1.0 - top_p) * total / len(weights)))
-    ids, weights = possible if ids is None else ids[possible], weights[possible]
-    # The bits of a positive float are ordered as the number is: exponent and 4 bits of mantissa, largest first.
-    buckets = (BITS_OF_ONE >> BUCKET_SHIFT) - (weights.view(np.int32) >> BUCKET_SHIFT)
-    reached = np.cumsum(np.bincount(buckets, weights=weights))
-    border = int(np.searchsorted(reached, needed, side="left"))
-    inside, candidates = ids[buckets < border], ids[buckets == border]
-    candidates = candidates[np.argsort(-weights_V[candidates], kind="stable")]
-    before = np.cumsum(weights_V[candidates], dtype=np.float64) + (reached[border - 1] if border else 0.0)
-    count = int(np.searchsorted(before, needed, side="left")) + 1
-    return np.concatenate((inside, candidates[:count]))
-
-
-def quantile(weights: Scores, u: float) -> int:
-    """Return the place at which the running sum of the weights passes `u` of the whole, for `u` in [0, 1)."""
-    blocks = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
-    target = u * blocks[-1]
-    block = min(int(np.searchsorted(blocks, target, side="right")), len(blocks) - 1)
-    start = block * BLOCK
-    cumulative = np.cumsum(weights[start : start + BLOCK], dtype=np.float64) + (blocks[block - 1] if block else 0.0)
-    return start + min(int(np.searchsorted(cumulative, target, side="right")), len(cumulative) - 1)
 
 
 def with_logprobs(

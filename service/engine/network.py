@@ -18,9 +18,10 @@ from shared.catalog import ModelFolder
 from shared.checkpoint import load_model
 from shared.config import ModelConfig
 from shared.device import Choice, choose_dtype
+from shared.drawing import Candidates, draw_all
 from shared.errors import ConfigError
 from shared.model import SmolLM2
-from shared.sampling import SamplingParams, Scores, draw_all
+from shared.sampling import SamplingParams
 
 Weights = Literal["dtype", "int8"]
 
@@ -38,8 +39,10 @@ class Network(Protocol):
             (B, V): what may follow each token in `places`, which counts in `token_ids`. Good until the next call.
         """
 
-    def draw(self, scores: Sequence[Scores], params: Sequence[SamplingParams], quantiles: Sequence[float]) -> list[int]:
-        """Draw a token from each row as `shared.sampling.draw_all` does."""
+    def draw(
+        self, rows: Sequence[Candidates], params: Sequence[SamplingParams], quantiles: Sequence[float]
+    ) -> list[int]:
+        """Draw a token from each row as `shared.drawing.draw_all` does."""
 
 
 class TorchNetwork:
@@ -57,8 +60,10 @@ class TorchNetwork:
         hidden_ND = self.model.hidden_states(ids_1N, positions_1N, StepAttention(cache, spans))[0]
         return self.model.logits(hidden_ND if len(places) == len(token_ids) else hidden_ND[list(places)])
 
-    def draw(self, scores: Sequence[Scores], params: Sequence[SamplingParams], quantiles: Sequence[float]) -> list[int]:
-        return draw_all(scores, params, quantiles)
+    def draw(
+        self, rows: Sequence[Candidates], params: Sequence[SamplingParams], quantiles: Sequence[float]
+    ) -> list[int]:
+        return draw_all(rows, params, quantiles)
 
 
 def choose_serving_dtype(device: torch.device, requested: str, *, kernels: str = "auto") -> Choice[torch.dtype]:

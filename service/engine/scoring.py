@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.sampling import check_numbers, log_probabilities
+from shared.drawing import check_numbers
+from shared.sampling import log_probabilities
 from shared.scores import PromptScores
 
 SCORED_AT_A_TIME = 32

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.drawing import Bits, quantile, survivors
 from shared.errors import GenerationError, WeightsError
-from shared.sampling import SamplingParams, SamplingRow, quantile, sample, survivors
+from shared.sampling import SamplingParams, SamplingRow, sample
 from shared.uniform import uniform
 
 V = 40
@@ -207,8 +208,8 @@ def test_end_tokens_are_barred_until_min_tokens() -> None:
 
 def test_a_constraint_bars_what_it_does_not_allow() -> None:
     class Odd:
-        def allowed(self) -> NDArray[np.bool_]:
-            return np.resize([False, True], 20)
+        def allowed(self) -> Bits:
+            return np.packbits(np.resize([False, True], 20), bitorder="little")
 
     logits_V, count = scores(5)[0], 3_000
     expected = logits_V.double().softmax(-1).numpy()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from service.engine.kernels.library import Drawing, Library, Shape, Step
 from service.engine.kv_cache import KVCache, Span
 from shared.config import ModelConfig
+from shared.drawing import Candidates, check_numbers
 from shared.model import SmolLM2
-from shared.sampling import SamplingParams, Scores, check_numbers
+from shared.sampling import SamplingParams
 
 QKV, OUT, GATE_UP, DOWN, HEAD = range(5)
 INPUT_NORM, POST_NORM, LAST_NORM = range(3)
@@ -124,26 +125,31 @@ class CompiledDecoder:
         self.functions.smollm_step(self.handle, ctypes.byref(step), torch.get_num_threads())
         return self.logits_BV[: len(places), : self.config.vocab_size]
 
-    def draw(self, scores: Sequence[Scores], params: Sequence[SamplingParams], quantiles: Sequence[float]) -> list[int]:
-        """Draw a token from each row: `shared.sampling.draw_all`, all rows at once."""
-        return draw_with(self.library, scores, params, quantiles)
+    def draw(
+        self, rows: Sequence[Candidates], params: Sequence[SamplingParams], quantiles: Sequence[float]
+    ) -> list[int]:
+        """Draw a token from each row: `shared.drawing.draw_all`, all rows at once."""
+        return draw_with(self.library, rows, params, quantiles)
 
 
 def draw_with(
-    library: Library, scores: Sequence[Scores], params: Sequence[SamplingParams], quantiles: Sequence[float]
+    library: Library, rows: Sequence[Candidates], params: Sequence[SamplingParams], quantiles: Sequence[float]
 ) -> list[int]:
-    """As `shared.sampling.draw_all`; `draw.h` says how. Its weights differ from NumPy's in their last bits.
+    """As `shared.drawing.draw_all`; `draw.h` says how. Its weights differ from NumPy's in their last bits.
 
     Raises:
         WeightsError: the scores are not numbers.
     """
-    if not scores:
+    if not rows:
         return []
-    size = len(scores[0])
-    drawings = (Drawing * len(scores))()
-    for drawing, scores_V, of, quantile in zip(drawings, scores, params, quantiles, strict=True):
+    size = len(rows[0].scores_V)
+    drawings = (Drawing * len(rows))()
+    for drawing, row, of, quantile in zip(drawings, rows, params, quantiles, strict=True):
+        scores_V, allowed = row.scores_V, row.allowed
         assert scores_V.dtype == np.float32 and scores_V.flags.c_contiguous and len(scores_V) == size
+        assert allowed is None or (allowed.flags.c_contiguous and len(allowed) == 2 * -(-size // 16))
         drawing.scores, drawing.quantile = scores_V.ctypes.data, quantile
+        drawing.allowed = None if allowed is None else allowed.ctypes.data
         drawing.temperature, drawing.top_k, drawing.top_p, drawing.min_p = of.temperature, of.top_k, of.top_p, of.min_p
     library.functions.smollm_draw(drawings, len(drawings), size, torch.get_num_threads())
     token_ids = [drawing.token for drawing in drawings]

@@ -23,6 +23,7 @@ class Draw {
         int top_k = given.top_k;
         float min_p = given.min_p;
         scores = given.scores;
+        allowed = given.allowed;
         count = size;
         if (!weigh(given.temperature)) return -1;
         if (top_k <= 0 || top_k >= size) top_k = size;
@@ -44,6 +45,7 @@ class Draw {
     static constexpr uint32_t BITS_OF_ONE = 0x3f800000, BUCKET_SHIFT = 19;  // 16 buckets for each halving of the weight
 
     const float* scores = nullptr;
+    const uint16_t* allowed = nullptr;
     int count = 0;
     std::vector<float> weights;  // probabilities over the likeliest token's, which is 1
     std::vector<double> sums;    // of each piece
@@ -51,7 +53,10 @@ class Draw {
     std::vector<Kept> kept;
     std::vector<double> buckets;
 
-    Floats scores_from(int i) const { return load_some(scores + i, count - i, -INFINITY); }
+    Floats scores_from(int i) const {
+        Floats some = load_some(scores + i, count - i, -INFINITY);
+        return allowed ? set_lanes(allowed[i / LANES]) ? some : splat(-INFINITY) : some;
+    }
 
     bool weigh(float temperature) {
         Floats most = splat(-INFINITY);

@@ -28,6 +28,7 @@ struct Step {
 // One token to be drawn: `shared/sampling.py` says what the parameters mean.
 struct Drawing {
     const float* scores;       // [size]
+    const uint16_t* allowed;   // [size / 16, rounded up] a bit for each id that may be drawn; null: all
     double top_p, quantile;    // in [0, 1)
     float temperature, min_p;
     int top_k;

@@ -36,7 +36,7 @@ class Step(Structure):
 
 class Drawing(Structure):
     _fields_ = (
-        ("scores", c_void_p),
+        *[(name, c_void_p) for name in ("scores", "allowed")],
         *[(name, c_double) for name in ("top_p", "quantile")],
         *[(name, c_float) for name in ("temperature", "min_p")],
         *[(name, c_int) for name in ("top_k", "token")],

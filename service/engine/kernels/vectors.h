@@ -115,6 +115,12 @@ inline Floats exp2(Floats x) {
 
 inline Floats silu(Floats x) { return x / (1.0f + exp2(x * -1.44269504f)); }
 
+// The lanes set whose bits are.
+inline Ints set_lanes(uint16_t bits) {
+    const Ints bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    return (bit & (int)bits) != 0;
+}
+
 // The first `count` lanes set, 0 <= count <= 16.
 inline Ints first_lanes(int count) {
     const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.oracle import Cases, check_against_oracle, compare, random_engine, small_model, small_tokenizer
 from service.engine.engine import Engine
 from service.engine.sequence import Output, Sequence
+from shared.drawing import Bits
 from shared.errors import GenerationError, WeightsError
 from shared.grammar import regex_grammar
 from shared.model import SmolLM2
@@ -88,7 +87,7 @@ def test_a_completion_that_was_already_whole_only_ends() -> None:
 
 def test_a_sequence_whose_grammar_gives_up_ends_alone_and_the_engine_goes_on() -> None:
     class GivesUp:
-        def allowed(self) -> NDArray[np.bool_]:
+        def allowed(self) -> Bits:
             raise GenerationError("the grammar became too complex")
 
     engine, doomed = engine_of(), sequence([5, 6, 7])
