@@ -22,7 +22,7 @@ from shared.files import write_atomically
 from shared.stream_decoder import StreamDecoder, token_to_bytes
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from shared.grammar import Vocabulary
 
 TOKENIZER_NAME = "tokenizer.json"
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -158,11 +158,11 @@ class Tokenizer:
         return [token_to_bytes(token or "") for token in tokens]
 
     @functools.cached_property
-    def vocabulary(self) -> LLTokenizer:
+    def vocabulary(self) -> Vocabulary:
         """What a grammar needs to know of the tokens; takes a quarter of a second the first time."""
-        from shared.grammar import vocabulary_of
+        from shared.grammar import Vocabulary
 
-        return vocabulary_of(self)
+        return Vocabulary(self)
 
     def stream_decoder(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
         """Return a fresh decoder for one completion."""

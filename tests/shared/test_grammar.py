@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shared.drawing import unpack
 from shared.errors import GenerationError
 from shared.generate import generate
-from shared.grammar import ANY_OBJECT, Grammar, check_grammar, json_grammar, regex_grammar
+from shared.grammar import ANY_OBJECT, MOST_KNOWN, Grammar, Vocabulary, check_grammar, json_grammar, regex_grammar
 from shared.sampling import SamplingParams
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -94,6 +94,28 @@ def test_the_state_is_a_function_of_the_tokens() -> None:
         for place in range(cut, len(ids)):
             assert np.array_equal(allowed(resumed), masks[place])
             resumed.push(ids[place])
+
+
+@pytest.mark.parametrize("source", [json_grammar(PERSON), json_grammar(ANY_OBJECT), regex_grammar("[0-9]{2,30}x?")])
+def test_a_matcher_copied_in_mid_completion_allows_what_a_new_one_does(source: str) -> None:
+    ids, vocabulary = write(source, seed=3), Vocabulary(tiny_tokenizer())
+    first = vocabulary.matcher(source)
+    for place, token_id in enumerate(ids):
+        copy, new = vocabulary.matcher(source), Vocabulary(tiny_tokenizer()).matcher(source)
+        for earlier in ids[:place]:
+            assert copy.compute_bitmask() == new.compute_bitmask()
+            assert copy.consume_token(earlier) and new.consume_token(earlier)
+        assert copy.compute_bitmask() == new.compute_bitmask() == first.compute_bitmask()
+        assert first.consume_token(token_id)
+
+
+def test_a_matcher_that_failed_is_not_copied_and_few_are_kept() -> None:
+    vocabulary, source = Vocabulary(tiny_tokenizer()), regex_grammar("[0-9]+")
+    assert not vocabulary.matcher(source).consume_token(tiny_tokenizer().encode("x")[0])
+    assert not vocabulary.matcher(source).is_error()
+    for number in range(MOST_KNOWN + 5):
+        vocabulary.matcher(regex_grammar(f"a{{{number}}}b"))
+    assert len(vocabulary.known) == MOST_KNOWN and source not in vocabulary.known
 
 
 def test_what_leaves_no_choice_is_known_in_advance() -> None:
