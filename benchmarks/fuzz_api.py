@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from service.engine.kv_cache import KVCache, Span
-from service.engine.network import load_network
+from service.engine.networks import load_network
 from shared.catalog import read_model_folder
 from shared.generate import generate
 from shared.sampling import SamplingParams

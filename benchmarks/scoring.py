@@ -20,7 +20,7 @@ import torch
 
 from service.engine.engine import Engine
 from service.engine.host import load_host
-from service.engine.network import choose_serving_dtype
+from service.engine.networks import choose_serving_dtype
 from service.engine.sequence import Sequence
 from shared.catalog import read_model_folder
 from shared.device import choose_device, choose_num_threads

@@ -15,7 +15,7 @@ import redis
 import torch
 
 from service.engine.host import Hosts, load_host
-from service.engine.network import check_kernels, choose_serving_dtype
+from service.engine.networks import check_kernels, choose_serving_dtype
 from service.errors import NotReady
 from service.heartbeat import RETRY_S
 from service.metrics import WorkerMetrics, serve_metrics

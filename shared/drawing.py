@@ -153,6 +153,7 @@ def nucleus(weights_V: Scores, ids: NDArray[np.intp] | None, top_p: float) -> ND
     candidates = candidates[np.argsort(-weights_V[candidates], kind="stable")]
     before = np.cumsum(weights_V[candidates], dtype=np.float64) + (reached[border - 1] if border else 0.0)
     count = int(np.searchsorted(before, needed, side="left")) + 1
+    # Those at the border last: where another rounding leaves one of them out, no other draw changes.
     return np.concatenate((inside, candidates[:count]))
 
 

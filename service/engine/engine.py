@@ -88,6 +88,7 @@ class Engine:
             dtype=model.model.embed_tokens.weight.dtype,
             device=model.device,
             in_blocks=self.network.wants_blocks,
+            spare_slots=self.network.spare_slots,
         )
         kind = model.device.type
         self.speculate = speculate

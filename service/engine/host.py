@@ -18,7 +18,7 @@ import torch
 
 from service.engine.drafting import MOST
 from service.engine.engine import Engine
-from service.engine.network import Weights, load_network
+from service.engine.networks import Weights, load_network
 from service.engine.pace import STALL
 from service.engine.sequence import Sequence
 from shared.catalog import ModelFolder, list_model_folders, load_tokenizer
@@ -104,6 +104,7 @@ def load_host(
 
 def warm_up(engine: Engine) -> None:
     """Run a stream and two prompts beside it: everything is touched once, and the engine learns its pace."""
+    engine.network.prepare(engine.cache)
     end, room = engine.tokenizer.end_of_text_id, engine.cache.slot_length
     for number, length in enumerate(WARM_UP_PROMPTS):
         prompt_ids = [end] * min(length, max(1, room - WARM_UP_TOKENS))

@@ -40,8 +40,12 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         in_blocks: bool = False,
+        spare_slots: int = 0,
     ) -> None:
-        """Make room for `num_slots` sequences of together `max_cached_tokens` tokens, `in_blocks` for the kernels."""
+        """Make room for `num_slots` sequences of together `max_cached_tokens` tokens, `in_blocks` for the kernels.
+
+        `spare_slots` stand behind those of sequences, for what the network writes and nobody reads.
+        """
         assert num_slots > 0 and max_cached_tokens > 0, (num_slots, max_cached_tokens)
         self.config = config
         self.num_slots = num_slots
@@ -49,7 +53,7 @@ class KVCache:
         self.slot_length = min(config.max_position_embeddings, max_cached_tokens)
         self.dtype = dtype
         kind = BlockedSlots if in_blocks else WholeSlots
-        self.layout: Layout = kind(config, num_slots, self.slot_length, dtype, device)
+        self.layout: Layout = kind(config, num_slots + spare_slots, self.slot_length, dtype, device)
         self.reserved: dict[int, int] = {}
         self.touched = [0] * num_slots  # tokens of each slot whose memory may be taken
 

@@ -33,6 +33,7 @@ class CompiledDecoder:
     """One model in the kernels' own layout."""
 
     wants_blocks = True
+    spare_slots = 0
 
     def __init__(self, model: SmolLM2, library: Library, *, is_int8: bool = False) -> None:
         """Pack a model's weights. Its matrices are emptied on the way, so that there is never a second copy of all."""
@@ -64,6 +65,9 @@ class CompiledDecoder:
     @property
     def description(self) -> str:
         return f"{'int8' if self.is_int8 else 'bfloat16'} weights"
+
+    def prepare(self, cache: KVCache) -> None:
+        """Nothing waits: the weights are packed."""
 
     def pack(self, model: SmolLM2) -> None:
         config, decoder = model.config, model.model

@@ -17,7 +17,8 @@ from service.engine.kernels.build import KernelsUnavailable, compile_library, li
 from service.engine.kernels.decoder import CompiledDecoder
 from service.engine.kernels.library import load_library
 from service.engine.kv_cache import KVCache, Span
-from service.engine.network import TorchNetwork, choose_serving_dtype, load_network
+from service.engine.network import TorchNetwork
+from service.engine.networks import choose_serving_dtype, load_network
 from service.engine.sequence import Sequence
 from shared import device as device_module
 from shared.catalog import read_model_folder

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from service.engine.engine import Engine
 from service.engine.kv_cache import KVCache, Span
-from service.engine.network import TorchNetwork, load_network
+from service.engine.network import TorchNetwork
+from service.engine.networks import load_network
 from service.engine.sequence import Output
 from service.engine.sequence import Sequence as Job
 from shared.catalog import read_model_folder

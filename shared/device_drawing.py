@@ -1,0 +1,127 @@
+"""All rows of a step drawn where their scores stand, so that of a GPU's memory only the tokens are copied.
+
+As `sampling` and `drawing` do it on a CPU: bias and penalties, what may not be drawn, temperature, top-k, top-p, min-p,
+and the token at a quantile, in the same order. Sums are fp64; exp may differ from NumPy's in its last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.drawing import BITS_OF_ONE, BUCKET_SHIFT, all_ids, check_numbers
+from shared.score_changes import added, allowed_ids, repeated, spent
+from shared.uniform import uniform
+
+if TYPE_CHECKING:
+    from shared.sampling import SamplingParams, SamplingRow
+
+
+def choose_on_device(logits_BV: Tensor, rows: Sequence[SamplingRow], places: Sequence[int]) -> list[int]:
+    """Choose a token for each row, whose scores stand at its place among the B. Changes no scores.
+
+    Raises:
+        WeightsError: the scores are not numbers.
+    """
+    is_whole = [*places] == [*range(len(logits_BV))]
+    scores_NV = (logits_BV if is_whole else logits_BV[list(places)]).to(torch.float32, copy=is_whole)
+    change_scores(scores_NV, rows)
+    bar_ids(scores_NV, rows)
+    best_N, ids_N = scores_NV.max(dim=-1)
+    drawn = [number for number, row in enumerate(rows) if not row.params.is_greedy]
+    if drawn:
+        numbers_D = torch.tensor(drawn, device=scores_NV.device)
+        params = [rows[number].params for number in drawn]
+        quantiles = [uniform(rows[number].params.seed, rows[number].index) for number in drawn]
+        ids_N[numbers_D] = draw(scores_NV[numbers_D] - best_N[numbers_D, None], params, quantiles)
+    token_ids: list[int] = ids_N.masked_fill(~best_N.isfinite(), -1).tolist()  # the one copy, and the one wait
+    check_numbers(min(token_ids) >= 0)
+    return token_ids
+
+
+def change_scores(scores_NV: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Apply what `score_changes.change_scores` does to each row."""
+    changed = [number for number, row in enumerate(rows) if row.changes_scores]
+    if not changed:
+        return
+
+    def entries(of: Callable[[SamplingRow], tuple[np.ndarray, np.ndarray]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        parts = [(number, *of(rows[number])) for number in changed]
+        lengths = [len(ids) for _, ids, _ in parts]
+        places = np.stack([np.repeat(changed, lengths), np.concatenate([ids for _, ids, _ in parts])])
+        amounts = np.concatenate([amounts for *_, amounts in parts])
+        row_M, id_M = torch.from_numpy(places).to(scores_NV.device)
+        return (row_M, id_M), torch.from_numpy(amounts).to(scores_NV)
+
+    places, amounts_M = entries(added)
+    scores_NV.index_put_(places, amounts_M, accumulate=True)
+    places, penalties_M = entries(lambda row: (ids := repeated(row), np.full(len(ids), row.params.repetition_penalty)))
+    scores_M = scores_NV[places]
+    scores_NV.index_put_(places, torch.where(scores_M > 0, scores_M / penalties_M, scores_M * penalties_M))
+    places, amounts_M = entries(spent)
+    scores_NV.index_put_(places, -amounts_M, accumulate=True)
+
+
+def bar_ids(scores_NV: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Make impossible what grammars and `min_tokens` do not allow."""
+    size = scores_NV.shape[1]
+    allowed = [allowed_ids(row, size) for row in rows]
+    if all(bits is None for bits in allowed):
+        return
+    every = all_ids(size)
+    bytes_NX = torch.from_numpy(np.stack([every if bits is None else bits for bits in allowed])).to(scores_NV.device)
+    bits_8 = torch.arange(8, dtype=torch.uint8, device=scores_NV.device)
+    is_allowed_NV = (bytes_NX.unsqueeze(-1) >> bits_8 & 1).flatten(1)[:, :size].bool()
+    scores_NV.masked_fill_(~is_allowed_NV, -torch.inf)
+
+
+def draw(powers_DV: Tensor, params: Sequence[SamplingParams], quantiles: Sequence[float]) -> Tensor:
+    """Draw a token (D,) for each row of scores, of which the largest is 0."""
+    size = powers_DV.shape[1]
+    given = [(each.temperature, each.top_k, each.top_p, each.min_p) for each in params]
+    numbers_D5 = torch.tensor([(*of, u) for of, u in zip(given, quantiles, strict=True)], dtype=torch.float64)
+    temperatures_D1, top_k_D1, top_p_D1, min_p_D1, quantiles_D1 = numbers_D5.T.unsqueeze(-1).to(powers_DV.device)
+    weights_DV = (powers_DV / temperatures_D1.float()).exp()
+    counts = [each.top_k for each in params if 0 < each.top_k < size]
+    if counts:
+        largest_DK = weights_DV.topk(max(counts)).values
+        floor_D1 = largest_DK.gather(1, (top_k_D1.long() - 1).clamp(0, max(counts) - 1))
+        is_off_D1 = (top_k_D1 == 0) | (top_k_D1 >= size)
+        weights_DV = weights_DV.where(is_off_D1 | (weights_DV >= floor_D1), 0.0)  # ties with the k-th stay
+    ids_DV: Tensor | None = None  # in the order in which the quantile walks them; None: the lowest first
+    if any(each.top_p < 1.0 for each in params):
+        weights_DV, ids_DV = nucleus(weights_DV, top_p_D1)
+    weights_DV = weights_DV.where(weights_DV >= min_p_D1.float(), 0.0)
+    reached_DV = weights_DV.double().cumsum(-1)
+    places_D = (reached_DV <= quantiles_D1 * reached_DV[:, -1:]).sum(-1)
+    last_D = (torch.arange(size, device=powers_DV.device) * (weights_DV > 0)).amax(-1)
+    places_D = torch.minimum(places_D, last_D)  # the quantile may round up to the whole
+    return places_D if ids_DV is None else ids_DV.gather(1, places_D.unsqueeze(1)).squeeze(1)
+
+
+def nucleus(weights_DV: Tensor, top_p_D1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's ids in the order of `drawing.nucleus`, with their weights, 0 for those that top-p drops.
+
+    A token stays while those before it have not reached top-p of the whole: arXiv 1904.09751.
+    """
+    size = weights_DV.shape[1]
+    sorted_DV, order_DV = weights_DV.sort(descending=True, stable=True)
+    reached_DV = sorted_DV.double().cumsum(-1)
+    is_kept_DV = (reached_DV - sorted_DV < top_p_D1 * reached_DV[:, -1:]) | (top_p_D1 >= 1.0)
+    border_D1 = sorted_DV.gather(1, is_kept_DV.sum(-1, keepdim=True) - 1)
+    # Those above the border's bucket stand by id, the others behind them by weight; without top-p all by id.
+    is_above_DV = (bucket(weights_DV) < bucket(border_D1)) | (top_p_D1 >= 1.0)
+    ids_V = torch.arange(size, device=weights_DV.device)
+    ranks_DV = torch.empty_like(order_DV).scatter_(1, order_DV, ids_V.expand_as(order_DV))
+    walk_DV = torch.where(is_above_DV, ids_V, size + ranks_DV).argsort(-1)
+    weights_DV = weights_DV.where(torch.empty_like(is_kept_DV).scatter_(1, order_DV, is_kept_DV), 0.0)
+    return weights_DV.gather(1, walk_DV), walk_DV
+
+
+def bucket(weights: Tensor) -> Tensor:
+    """Return which of the buckets of `drawing.nucleus` each weight falls into: 0 holds the heaviest."""
+    return (BITS_OF_ONE >> BUCKET_SHIFT) - (weights.view(torch.int32) >> BUCKET_SHIFT)

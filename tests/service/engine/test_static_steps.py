@@ -1,0 +1,91 @@
+"""Steps of fixed shapes are the oracle's, whatever a step holds: here each is run as it would be captured on a GPU."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import pytest
+import torch
+
+from benchmarks.oracle import Cases, EagerPace, check_against_oracle
+from service.engine.engine import Engine
+from service.engine.host import warm_up
+from service.engine.kv_cache import KVCache, Span
+from service.engine.network import TorchNetwork
+from service.engine.static_steps import Compute, StaticNetwork, doubling
+from tests.tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def as_it_is(compute: Compute) -> Compute:
+    return compute
+
+
+def test_sizes_double_up_to_the_last() -> None:
+    assert doubling(1, 6) == [1, 2, 4, 6]
+    assert doubling(256, 1_024) == [256, 512, 1_024]
+    assert doubling(256, 100) == [100]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_requests_are_the_oracles(seed: int) -> None:
+    draw, model, tokenizer = random.Random(seed), tiny_model(), tiny_tokenizer()
+    cases_of = Cases(draw, model, tokenizer, (1, 2, 10, 40))
+    cases = [cases_of.case(250) for _ in range(12)]
+    engine = Engine(
+        model, tokenizer, num_slots=5, max_cached_tokens=2_048, network=StaticNetwork(model, as_it_is), prefill_chunk=24
+    )
+    warm_up(engine)
+    engine.pace = engine.scheduler.pace = EagerPace(fixed_s=0.01, each_s=0.001)
+    check_against_oracle(draw, engine, cases)
+
+
+def test_a_step_computes_what_the_plain_network_does_and_touches_no_other_slot() -> None:
+    model = tiny_model()
+    plain, static = TorchNetwork(model), StaticNetwork(model, as_it_is)
+    caches = []
+    for network in (plain, static):
+        cache = KVCache(
+            model.config,
+            num_slots=3,
+            max_cached_tokens=3 * model.config.max_position_embeddings,
+            dtype=torch.float32,
+            device=model.device,
+            spare_slots=network.spare_slots,
+        )
+        network.prepare(cache)
+        caches.append(cache)
+    steps = [
+        ([5, 6, 7], [Span(1, 0, 3)], [2]),
+        ([8, 9, 10], [Span(1, 3, 1), Span(2, 0, 2)], [0, 2]),
+        ([11, 12, 13], [Span(2, 2, 1), Span(1, 4, 2)], [0, 1, 2]),
+        ([14, 15, 16, 17, 18], [Span(0, 0, 5)], [4]),  # larger than any static step
+        ([19], [Span(0, 5, 1)], [0]),
+    ]
+    with torch.inference_mode():
+        for token_ids, spans, places in steps:
+            expected_BV, found_BV = (
+                network.scores(cache, token_ids, spans, places)
+                for network, cache in zip((plain, static), caches, strict=True)
+            )
+            assert torch.allclose(expected_BV, found_BV, atol=1e-5)
+    expected, found = (cache.numbers_L2RKPE[:, :, :3] for cache in caches)
+    assert torch.allclose(expected, found, atol=1e-5) and caches[1].numbers_L2RKPE.shape[2] == 4
+
+
+def test_where_steps_cannot_be_captured_every_operation_is_launched_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails(_: Compute) -> Compute:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    draw, model, tokenizer = random.Random(9), tiny_model(), tiny_tokenizer()
+    engine = Engine(
+        model, tokenizer, num_slots=4, max_cached_tokens=1_024, network=StaticNetwork(model, fails), prefill_chunk=24
+    )
+    with caplog.at_level(logging.WARNING):
+        warm_up(engine)
+    assert "steps cannot be captured" in caplog.text and "not permitted" in caplog.text
+    check_against_oracle(draw, engine, [Cases(draw, model, tokenizer, (1, 2)).case(100)])
