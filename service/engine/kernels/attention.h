@@ -227,9 +227,11 @@ inline Floats load_bf16(const uint16_t* from, int count) {
     return from_bf16(halves);
 }
 
-// Any head_dim up to 256, one query after another.
-inline void attend(const LayerCache& cache, const Queries& queries, Scratch& scratch, float* const* out) {
-    const int E = cache.head_dim, vectors = (E + LANES - 1) / LANES;
+// One query after another. HEAD_DIM is that of the cache, or 0 for any up to 256: known, a head stays in registers.
+template <int HEAD_DIM>
+inline void attend_singly(const LayerCache& cache, const Queries& queries, Scratch& scratch, float* const* out) {
+    const int E = HEAD_DIM ? HEAD_DIM : cache.head_dim, vectors = (E + LANES - 1) / LANES;
+    constexpr int MOST = (HEAD_DIM ? HEAD_DIM : 256) / LANES, CHAINS = 4;  // sums side by side: one waits for itself
     const int padded = (queries.last() + 31) / 32 * 32;
     if ((int)scratch.scores.size() < padded) {
         scratch.scores.resize(padded);
@@ -239,13 +241,14 @@ inline void attend(const LayerCache& cache, const Queries& queries, Scratch& scr
     uint16_t* weights = scratch.weights.data();
     for (int i = 0; i < queries.count; i++) {
         const int end = queries.end(i);
-        Floats query[256 / LANES], mixed[256 / LANES] = {};
+        Floats query[MOST], mixed[MOST] = {};
         for (int v = 0; v < vectors; v++) query[v] = load_bf16(queries.numbers + i * E + v * LANES, E - v * LANES);
         for (int p = 0; p < end; p++) {
             const uint16_t* key = cache.keys + cache.place(queries.slot, queries.head, p);
-            Floats products = {};
-            for (int v = 0; v < vectors; v++) products += query[v] * load_bf16(key + v * LANES, E - v * LANES);
-            scores[p] = sum(products);
+            Floats products[CHAINS] = {};
+            for (int v = 0; v < vectors; v++)
+                products[v % CHAINS] += query[v] * load_bf16(key + v * LANES, E - v * LANES);
+            scores[p] = sum((products[0] + products[1]) + (products[2] + products[3]));
         }
         const float factor = 1.0f / soften(scores, weights, end, padded);
         for (int p = 0; p < end; p++) {
@@ -253,11 +256,12 @@ inline void attend(const LayerCache& cache, const Queries& queries, Scratch& scr
             const Floats weight = splat(from_bf16(weights[p]));
             for (int v = 0; v < vectors; v++) mixed[v] += weight * load_bf16(value + v * LANES, E - v * LANES);
         }
-        for (int v = 0; v < vectors; v++) {
-            Floats result = mixed[v] * factor;
-            memcpy(out[i] + v * LANES, &result, (E - v * LANES < LANES ? E - v * LANES : LANES) * sizeof(float));
-        }
+        for (int v = 0; v < vectors; v++) store_some(out[i] + v * LANES, mixed[v] * factor, E - v * LANES);
     }
+}
+
+inline void attend(const LayerCache& cache, const Queries& queries, Scratch& scratch, float* const* out) {
+    (cache.head_dim == 64 ? attend_singly<64> : attend_singly<0>)(cache, queries, scratch, out);
 }
 
 }  // namespace smollm

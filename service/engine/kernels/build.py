@@ -61,6 +61,12 @@ def x86(name: str, needs: str, options: str) -> Level:
     return Level(name, frozenset(needs.split()), tuple(f"-m{option}" for option in options.split()))
 
 
+def arm(name: str, needs: str, options: str) -> Level:
+    """A level of Armv8.2, which comes with atomics, and of what it may have besides."""
+    return Level(name, frozenset(f"atomics {needs}".split()), (f"-march=armv8.2-a+{options}",))
+
+
+PORTABLE = Level("portable", frozenset(), ())
 AVX512 = "avx512f avx512bw avx512vl avx512dq"
 LEVELS = {
     "x86_64": (
@@ -72,15 +78,22 @@ LEVELS = {
         x86("avx512_bf16", f"{AVX512} avx512_vnni avx512_bf16", f"fma {AVX512} avx512vnni avx512bf16"),
         x86("avx512", AVX512, f"fma {AVX512}"),
         x86("avx2", "avx2 fma", "avx2 fma"),
-        Level("portable", frozenset(), ()),
-    )
+        PORTABLE,
+    ),
+    "aarch64": (
+        arm("neon_bf16", "asimddp bf16", "dotprod+bf16"),
+        arm("neon_dotprod", "asimddp", "dotprod"),
+        PORTABLE,  # NEON, which every such CPU has
+    ),
 }
-"""By architecture, best first. Elsewhere only the portable level, which is NEON on Arm."""
+"""By architecture as Linux names it, best first. Elsewhere only the portable level."""
+OTHER_NAMES = {"AMD64": "x86_64", "arm64": "aarch64"}
 
 
 def levels() -> tuple[Level, ...]:
     """Return this architecture's levels, best first."""
-    return LEVELS.get(platform.machine().replace("AMD64", "x86_64"), (Level("portable", frozenset(), ()),))
+    machine = platform.machine()
+    return LEVELS.get(OTHER_NAMES.get(machine, machine), (PORTABLE,))
 
 
 def usable_levels(wanted: str = "auto") -> list[Level]:

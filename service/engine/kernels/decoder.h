@@ -126,9 +126,9 @@ struct Decoder {
         multiply(matrix, rows, num_rows, share.begin, share.end, [&](int pair, int first, int count, Results& results) {
             for (int row = 0; row < count; row++) {
                 float* to = out.data() + (int64_t)(first + row) * size + pair * PAIR;
-                for (int block = 0; block < PAIR; block += BLOCK) {
-                    Floats result = load<Floats>(&results[row][block]);
-                    store(to + block, adds ? load<Floats>(to + block) + result : result);
+                for (int output = 0; output < PAIR; output += LANES) {
+                    Floats result = load<Floats>(&results[row][output]);
+                    store(to + output, adds ? load<Floats>(to + output) + result : result);
                 }
             }
         });
@@ -139,8 +139,12 @@ struct Decoder {
         Share share = pairs(matrix, thread);
         multiply(matrix, rows, num_rows, share.begin, share.end, [&](int pair, int first, int count, Results& results) {
             for (int row = 0; row < count; row++) {
-                Floats gate = load<Floats>(&results[row][0]), up = load<Floats>(&results[row][BLOCK]);
-                store(gated.data() + (int64_t)(first + row) * weights.gated_size() + pair * BLOCK, silu(gate) * up);
+                float* to = gated.data() + (int64_t)(first + row) * weights.gated_size() + pair * BLOCK;
+                for (int output = 0; output < BLOCK; output += LANES) {
+                    Floats gate = load<Floats>(&results[row][output]);
+                    Floats up = load<Floats>(&results[row][BLOCK + output]);
+                    store(to + output, silu(gate) * up);
+                }
             }
         });
         announce(next, thread);

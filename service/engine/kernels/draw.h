@@ -55,7 +55,7 @@ class Draw {
 
     Floats scores_from(int i) const {
         Floats some = load_some(scores + i, count - i, -INFINITY);
-        return allowed ? set_lanes(allowed[i / LANES]) ? some : splat(-INFINITY) : some;
+        return allowed ? set_lanes(allowed[i / 16] >> i % 16) ? some : splat(-INFINITY) : some;
     }
 
     bool weigh(float temperature) {
@@ -76,7 +76,7 @@ class Draw {
         largest.clear();
         for (int start = 0; start < count; start += PIECE) {
             const int end = std::min(start + PIECE, count);
-            typedef double Doubles __attribute__((vector_size(128)));
+            typedef double Doubles __attribute__((vector_size(8 * LANES)));
             Doubles sum_of = {};
             Floats most_of = {};
             for (int i = start; i < end; i += LANES) {

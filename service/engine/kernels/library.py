@@ -78,11 +78,13 @@ def load_library(wanted: str = "auto") -> Library:
     for level in usable_levels(wanted):
         try:
             library = Library(level.name, str(find_library(level)))
+        except KernelsUnavailable as error:  # of a compiler that is older than this CPU: it may know the next level
+            reason = str(error)
         except OSError as error:
             reason = f"the library cannot be loaded: {error}"
         else:
             if library.functions.smollm_start():
                 return library
             reason = f"the operating system does not allow {level.name} instructions"
-            log.info("%s; trying the next level", reason)
+        log.info("no kernels for %s: %s", level.name, reason)
     raise KernelsUnavailable(reason)

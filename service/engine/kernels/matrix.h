@@ -80,7 +80,7 @@ struct Matrix {
     }
 
    private:
-    // Puts 16 inputs of one output from input k on into their groups of 4 bytes, which lie 64 bytes apart.
+    // Puts LANES inputs of one output from input k on into their groups of 4 bytes, which lie 64 bytes apart.
     template <class Numbers>
     void set_groups(uint8_t* block, int k, Numbers numbers) const {
         uint8_t* group = block + k / inputs_of_tile() * 2 * TILE + k % inputs_of_tile() * 64 / (is_int8 ? 4 : 2);

@@ -121,25 +121,20 @@ inline void multiply_pair_int8(const Matrix& matrix, const Rows& rows, int first
 
 inline void release_tiles() {}
 
-// Sums stay in registers of the machine's own width: of wider vectors GCC 12 makes memory traffic.
+// As many rows as leave their sums in registers.
 #if defined(__AVX512F__)
-constexpr int WIDTH = 16, ROWS_BF16 = 4, ROWS_INT8 = 2;
-#elif defined(__AVX2__)
-constexpr int WIDTH = 8, ROWS_BF16 = 2, ROWS_INT8 = 1;
-#elif defined(__aarch64__)
-constexpr int WIDTH = 4, ROWS_BF16 = 2, ROWS_INT8 = 1;
+constexpr int ROWS_BF16 = 4, ROWS_INT8 = 2;
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int ROWS_BF16 = 2, ROWS_INT8 = 1;
 #else
-constexpr int WIDTH = 4, ROWS_BF16 = 1, ROWS_INT8 = 1;
+constexpr int ROWS_BF16 = 1, ROWS_INT8 = 1;
 #endif
-constexpr int PARTS = PAIR / WIDTH;  // registers for one row's sums
-typedef float FloatPart __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t IntPart __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t WordPart __attribute__((vector_size(4 * WIDTH)));
+constexpr int PARTS = PAIR / LANES;  // registers for one row's sums
 
 // One group's weights for part `part` of the pair's outputs; `weights` are the two tiles of a step along the inputs.
-inline WordPart weights_of(const uint8_t* weights, int group, int part) {
-    const int output = part * WIDTH;
-    return load<WordPart>(weights + output / BLOCK * TILE + group * 64 + output % BLOCK * 4);
+inline Words weights_of(const uint8_t* weights, int group, int part) {
+    const int output = part * LANES;
+    return load<Words>(weights + output / BLOCK * TILE + group * 64 + output % BLOCK * 4);
 }
 
 inline uint32_t inputs_of(const uint8_t* row, int k, int group) {
@@ -149,34 +144,36 @@ inline uint32_t inputs_of(const uint8_t* row, int k, int group) {
 }
 
 // Adds the products of one group of two inputs: weights of some outputs with the same inputs for all.
-inline void add_group_bf16(FloatPart& total, WordPart weights, uint32_t inputs) {
+inline void add_group_bf16(Floats& total, Words weights, uint32_t inputs) {
 #if defined(__AVX512BF16__)
-    total = (FloatPart)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int)inputs));
+    total = (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)weights, (__m512bh)_mm512_set1_epi32((int)inputs));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    total = vbfdotq_f32(total, (bfloat16x8_t)weights, (bfloat16x8_t)vdupq_n_u32(inputs));
 #else
-    WordPart two = inputs - WordPart{};
-    total += (FloatPart)(weights << 16) * (FloatPart)(two << 16);
-    total += (FloatPart)(weights & 0xffff0000u) * (FloatPart)(two & 0xffff0000u);
+    Words two = inputs - Words{};
+    total += (Floats)(weights << 16) * (Floats)(two << 16);
+    total += (Floats)(weights & 0xffff0000u) * (Floats)(two & 0xffff0000u);
 #endif
 }
 
 template <int COUNT>
 inline void multiply_some_bf16(const Matrix& matrix, const Rows& rows, int first, int pair, float (*out)[PAIR]) {
     const uint8_t* weights = matrix.pair(pair);
-    FloatPart totals[COUNT][PARTS] = {};
+    Floats totals[COUNT][PARTS] = {};
     for (int k = 0; k < matrix.num_k_tiles; k++, weights += 2 * TILE) {
         fetch_ahead(weights);
         fetch_ahead(weights + TILE);
         for (int group = 0; group < GROUPS; group++)
 #pragma GCC unroll 8
             for (int part = 0; part < PARTS; part++) {
-                const WordPart some = weights_of(weights, group, part);
+                const Words some = weights_of(weights, group, part);
 #pragma GCC unroll 4
                 for (int row = 0; row < COUNT; row++)
                     add_group_bf16(totals[row][part], some, inputs_of(rows.row(first + row), k, group));
             }
     }
     for (int row = 0; row < COUNT; row++)
-        for (int part = 0; part < PARTS; part++) store(&out[row][part * WIDTH], totals[row][part]);
+        for (int part = 0; part < PARTS; part++) store(&out[row][part * LANES], totals[row][part]);
 }
 
 inline void multiply_pair_bf16(const Matrix& matrix, const Rows& rows, int first, int count, int pair, Results& out) {
@@ -187,26 +184,33 @@ inline void multiply_pair_bf16(const Matrix& matrix, const Rows& rows, int first
 }
 
 // Adds the products of one group of four inputs in one plane.
-inline void add_group_int8(IntPart& total, WordPart weights, uint32_t inputs) {
+inline void add_group_int8(Ints& total, Words weights, uint32_t inputs) {
 #if defined(__AVX512VNNI__)
     // Takes unsigned inputs: 128 is added to each here, and 128 times the sum of the weights subtracted at the end.
-    total = (IntPart)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32((int)(inputs ^ 0x80808080u)),
+    total = (Ints)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32((int)(inputs ^ 0x80808080u)),
                                          (__m512i)weights);
 #elif defined(__AVX2__) && !defined(__AVX512F__)
     // Unsigned by signed as well: |input| times the weight with the input's sign. Two products are at most
     // 2 * 127 * 127 = 32,258, so that their sum in 16 bits is exact.
     const __m256i all = _mm256_set1_epi32((int)inputs);
     const __m256i twos = _mm256_maddubs_epi16(_mm256_abs_epi8(all), _mm256_sign_epi8((__m256i)weights, all));
-    total += (IntPart)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
+    total += (Ints)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    total = vdotq_s32(total, (int8x16_t)weights, (int8x16_t)vdupq_n_u32(inputs));
+#elif defined(__aarch64__)
+    // Two products in 16 bits are exact here as well.
+    const int8x16_t w = (int8x16_t)weights, all = (int8x16_t)vdupq_n_u32(inputs);
+    const int16x8_t twos = vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(all)), vmull_high_s8(w, all));
+    total = vpadalq_s16(total, twos);
 #else
-    IntPart w = (IntPart)weights;
+    Ints w = (Ints)weights;
     for (int place = 24; place >= 0; place -= 8) total += ((w << place) >> 24) * ((int32_t)(inputs << place) >> 24);
 #endif
 }
 
-inline IntPart whole_total(IntPart total, const int* weight_sums) {
+inline Ints whole_total(Ints total, const int* weight_sums) {
 #if defined(__AVX512VNNI__)
-    return total - load<IntPart>(weight_sums) * 128;
+    return total - load<Ints>(weight_sums) * 128;
 #else
     (void)weight_sums;
     return total;
@@ -216,14 +220,14 @@ inline IntPart whole_total(IntPart total, const int* weight_sums) {
 template <int COUNT>
 inline void multiply_some_int8(const Matrix& matrix, const Rows& rows, int first, int pair, float (*out)[PAIR]) {
     const uint8_t* weights = matrix.pair(pair);
-    IntPart totals[COUNT][2][PARTS] = {};
+    Ints totals[COUNT][2][PARTS] = {};
     for (int k = 0; k < matrix.num_k_tiles; k++, weights += 2 * TILE) {
         fetch_ahead(weights);
         fetch_ahead(weights + TILE);
         for (int group = 0; group < GROUPS; group++)
 #pragma GCC unroll 8
             for (int part = 0; part < PARTS; part++) {
-                const WordPart some = weights_of(weights, group, part);
+                const Words some = weights_of(weights, group, part);
 #pragma GCC unroll 2
                 for (int row = 0; row < COUNT; row++)
 #pragma GCC unroll 2
@@ -235,12 +239,12 @@ inline void multiply_some_int8(const Matrix& matrix, const Rows& rows, int first
     }
     for (int row = 0; row < COUNT; row++)
         for (int part = 0; part < PARTS; part++) {
-            const int output = pair * PAIR + part * WIDTH;
+            const int output = pair * PAIR + part * LANES;
             auto whole = [&](int plane) {
-                return __builtin_convertvector(whole_total(totals[row][plane][part], matrix.sums + output), FloatPart);
+                return __builtin_convertvector(whole_total(totals[row][plane][part], matrix.sums + output), Floats);
             };
-            FloatPart scale = load<FloatPart>(matrix.scales + output) * rows.scales[first + row];
-            store(&out[row][part * WIDTH], (whole(0) * 128.0f + whole(1)) * scale);
+            Floats scale = load<Floats>(matrix.scales + output) * rows.scales[first + row];
+            store(&out[row][part * LANES], (whole(0) * 128.0f + whole(1)) * scale);
         }
 }
 

@@ -1,20 +1,29 @@
-// Sixteen numbers at a time, in the compiler's own vector types: one AVX-512 register, two of AVX2, four of NEON.
+// As many numbers at a time as a register of the machine holds, in the compiler's own vector types: of wider ones GCC 12
+// makes memory traffic.
 #pragma once
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace smollm {
 
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;  // NEON, SSE
+#endif
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 template <class Vector>
 inline Vector load(const void* from) {
@@ -48,7 +57,13 @@ inline void store_some(float* to, Floats numbers, int count) {
 }
 
 // bfloat16 is the upper half of a float.
-inline Floats from_bf16(Halves halves) { return as_floats(__builtin_convertvector(halves, Words) << 16); }
+inline Floats from_bf16(Halves halves) {
+#if defined(__aarch64__)
+    return (Floats)vshll_n_u16(halves, 16);
+#else
+    return as_floats(__builtin_convertvector(halves, Words) << 16);
+#endif
+}
 
 // Round to nearest, ties to even. A NaN stays one, as its payload's rounding cannot carry into the sign in practice.
 inline Halves to_bf16(Floats numbers) {
@@ -56,7 +71,12 @@ inline Halves to_bf16(Floats numbers) {
     return (Halves)_mm512_cvtneps_pbh((__m512)numbers);
 #else
     Words bits = (Words)numbers;
-    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+    bits += 0x7fff + ((bits >> 16) & 1);
+#if defined(__aarch64__)
+    return vshrn_n_u32(bits, 16);
+#else
+    return __builtin_convertvector(bits >> 16, Halves);
+#endif
 #endif
 }
 
@@ -116,14 +136,16 @@ inline Floats exp2(Floats x) {
 inline Floats silu(Floats x) { return x / (1.0f + exp2(x * -1.44269504f)); }
 
 // The lanes set whose bits are.
-inline Ints set_lanes(uint16_t bits) {
-    const Ints bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-    return (bit & (int)bits) != 0;
+inline Ints set_lanes(int bits) {
+    Ints bit = {};
+    for (int lane = 0; lane < LANES; lane++) bit[lane] = 1 << lane;
+    return (bit & bits) != 0;
 }
 
-// The first `count` lanes set, 0 <= count <= 16.
+// The first `count` lanes set, 0 <= count <= LANES.
 inline Ints first_lanes(int count) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Ints lane = {};
+    for (int number = 0; number < LANES; number++) lane[number] = number;
     return lane < count;
 }
 
