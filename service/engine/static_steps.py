@@ -81,7 +81,7 @@ class StaticStep:
         count = len(token_ids)
         self.given_3N[:, :count] = torch.tensor([token_ids, slots, positions])
         self.given_3N[1, count:] = self.spare_slot  # rows that nobody asked for write where nobody looks
-        self.inputs_3N.copy_(self.given_3N, non_blocking=True)  # the step before has been waited for
+        self.inputs_3N.copy_(self.given_3N)  # waits: the next step may come before this one has read them
         return self.compute()[:count]
 
 
