@@ -187,8 +187,8 @@ inline void multiply_pair_bf16(const Matrix& matrix, const Rows& rows, int first
 inline void add_group_int8(Ints& total, Words weights, uint32_t inputs) {
 #if defined(__AVX512VNNI__)
     // Takes unsigned inputs: 128 is added to each here, and 128 times the sum of the weights subtracted at the end.
-    total = (Ints)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32((int)(inputs ^ 0x80808080u)),
-                                         (__m512i)weights);
+    const __m512i all = _mm512_set1_epi32((int)(inputs ^ 0x80808080u));
+    total = (Ints)_mm512_dpbusd_epi32((__m512i)total, all, (__m512i)weights);
 #elif defined(__AVX2__) && !defined(__AVX512F__)
     // Unsigned by signed as well: |input| times the weight with the input's sign. Two products are at most
     // 2 * 127 * 127 = 32,258, so that their sum in 16 bits is exact.
