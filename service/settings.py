@@ -73,7 +73,9 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="arithmetic of the model")
     weights: Literal["dtype", "int8"] = Field("dtype", description="int8: half the memory and half the time of 16 bits")
-    kernels: str = Field("auto", description="compiled network for CPUs: auto, off, or a level such as avx512_bf16")
+    kernels: str = Field(
+        "auto", description="compiled network on CPUs, graphs on CUDA: auto, off, or a level such as avx512_bf16"
+    )
     num_threads: int = Field(
         0, ge=0, le=4_096, description="CPU threads; 0: the CPU quota or affinity, whichever is smaller"
     )

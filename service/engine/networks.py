@@ -87,7 +87,7 @@ def load_network(
         model = load_model(folder, device=device, dtype=dtype)
         if device.type == "cuda" and kernels != "off":
             return model, Choice(StaticNetwork(model), f"PyTorch in CUDA graphs, as {error}")
-        name = "PyTorch"
+        name = "PyTorch without CUDA graphs (off in the settings)" if device.type == "cuda" else "PyTorch"
         if can_pack(device, dtype):
             pack_linears(model)
             name = "PyTorch with packed weights"

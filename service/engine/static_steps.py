@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +64,8 @@ class StaticStep:
 
     def __init__(self, model: SmolLM2, cache: KVCache, num_rows: int, num_positions: int, capture: Capture) -> None:
         self.spare_slot = cache.num_slots
-        is_cuda = model.device.type == "cuda"
-        self.given_3N = torch.zeros(3, num_rows, dtype=torch.int64, pin_memory=is_cuda)
-        self.given_3N[1] = self.spare_slot
-        self.inputs_3N = self.given_3N.to(model.device)
+        self.inputs_3N = torch.zeros(3, num_rows, dtype=torch.int64, device=model.device)
+        self.inputs_3N[1] = self.spare_slot
 
         def compute() -> Tensor:
             ids_N, slots_N, positions_N = self.inputs_3N
@@ -79,10 +78,34 @@ class StaticStep:
     def run(self, token_ids: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Return the scores (n, V) behind each of n <= N tokens. Good until the next run."""
         count = len(token_ids)
-        self.given_3N[:, :count] = torch.tensor([token_ids, slots, positions])
-        self.given_3N[1, count:] = self.spare_slot  # rows that nobody asked for write where nobody looks
-        self.inputs_3N.copy_(self.given_3N)  # waits: the next step may come before this one has read them
+        # Rows that nobody asked for write where nobody looks.
+        unasked = [0] * (self.inputs_3N.shape[1] - count)
+        unasked_slots = [self.spare_slot] * len(unasked)
+        given_3N = torch.tensor([[*token_ids, *unasked], [*slots, *unasked_slots], [*positions, *unasked]])
+        self.inputs_3N.copy_(given_3N)
         return self.compute()[:count]
+
+
+class StaticSteps:
+    """The steps of one cache: one of every size."""
+
+    def __init__(self, model: SmolLM2, cache: KVCache, capture: Capture) -> None:
+        self.row_sizes, self.position_sizes = doubling(1, cache.num_slots), doubling(SHORTEST, cache.slot_length)
+        self.by_size = {
+            (num_rows, num_positions): StaticStep(model, cache, num_rows, num_positions, capture)
+            for num_rows in reversed(self.row_sizes)  # the largest first: the others fit into its memory
+            for num_positions in reversed(self.position_sizes)
+        }
+
+    def find(self, num_rows: int, num_positions: int) -> StaticStep | None:
+        """Return the smallest step that holds so many rows and positions; None where no step holds so many rows."""
+        if num_rows > self.row_sizes[-1]:
+            return None
+        rows, positions = (
+            next(size for size in sizes if size >= wanted)
+            for sizes, wanted in ((self.row_sizes, num_rows), (self.position_sizes, num_positions))
+        )
+        return self.by_size[rows, positions]
 
 
 class StaticNetwork(TorchNetwork):
@@ -93,43 +116,36 @@ class StaticNetwork(TorchNetwork):
     def __init__(self, model: SmolLM2, capture: Capture | None = None) -> None:
         """`capture` makes a step quick to repeat; by default each becomes a CUDA graph."""
         super().__init__(model)
-        self.capture = capture or GraphCapture()
-        self.steps: dict[tuple[int, int], StaticStep] = {}
-        self.row_sizes: list[int] = []
-        self.position_sizes: list[int] = []
+        self.capture = capture or GraphCapture(model.device)
+        self.steps_of: WeakKeyDictionary[KVCache, StaticSteps] = WeakKeyDictionary()
+        """A graph reads and writes the memory that it was captured with, so every cache has its own."""
 
     def prepare(self, cache: KVCache) -> None:
         """Capture a step of every size; where that fails, say so and launch every operation by itself."""
         started_s = time.monotonic()
         try:
-            self.row_sizes, self.position_sizes = doubling(1, cache.num_slots), doubling(SHORTEST, cache.slot_length)
             with torch.inference_mode():
-                for num_rows in reversed(self.row_sizes):  # the largest first: the others fit into its memory
-                    for num_positions in reversed(self.position_sizes):
-                        step = StaticStep(self.model, cache, num_rows, num_positions, self.capture)
-                        self.steps[num_rows, num_positions] = step
+                steps = StaticSteps(self.model, cache, self.capture)
         except RuntimeError as error:
-            self.steps, self.row_sizes = {}, []
             log.warning("steps cannot be captured, so every operation is launched by itself: %s", str(error)[:300])
             return
-        taken_s = time.monotonic() - started_s
+        self.steps_of[cache] = steps
         log.info(
             "captured %d steps of up to %d rows and %d positions in %.1f s",
-            len(self.steps),
-            self.row_sizes[-1],
-            self.position_sizes[-1],
-            taken_s,
+            len(steps.by_size),
+            steps.row_sizes[-1],
+            steps.position_sizes[-1],
+            time.monotonic() - started_s,
         )
 
     def scores(self, cache: KVCache, token_ids: Sequence[int], spans: Sequence[Span], places: Sequence[int]) -> Tensor:
-        num_rows = next((size for size in self.row_sizes if size >= len(token_ids)), None)
-        if num_rows is None:
+        steps = self.steps_of.get(cache)
+        step = None if steps is None else steps.find(len(token_ids), max(span.end for span in spans))
+        if step is None:
             return super().scores(cache, token_ids, spans, places)
-        longest = max(span.end for span in spans)
-        num_positions = next(size for size in self.position_sizes if size >= longest)
         slots = [span.slot for span in spans for _ in range(span.count)]
         positions = [position for span in spans for position in range(span.start, span.end)]
-        scores_NV = self.steps[num_rows, num_positions].run(token_ids, slots, positions)
+        scores_NV = step.run(token_ids, slots, positions)
         return scores_NV if len(places) == len(token_ids) else scores_NV[list(places)]
 
 
@@ -143,22 +159,24 @@ def doubling(first: int, last: int) -> list[int]:
 
 
 class GraphCapture:
-    """Captures steps as CUDA graphs in one pool of memory, as no two run at once."""
+    """Captures steps as CUDA graphs in one pool of memory, as no two run at once. Not yet run on a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool: Any = None
 
     def __call__(self, compute: Compute) -> Compute:
         """Run a step as often as its libraries need to settle, then record it."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        outer = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(outer)
+        with torch.cuda.stream(self.stream):  # its device is the current one; left again whatever happens
             for _ in range(2):
                 compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            result = compute()
+            graph = torch.cuda.CUDAGraph()
+            # What a capture forbids, it is to forbid this thread alone: models load while another thread serves.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                result = compute()
+        outer.wait_stream(self.stream)
         self.pool = graph.pool()
 
         def replay() -> Tensor:

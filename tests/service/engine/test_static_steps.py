@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
+from weakref import ref
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.oracle import Cases, EagerPace, check_against_oracle
 from service.engine.engine import Engine
@@ -14,13 +17,21 @@ from service.engine.host import warm_up
 from service.engine.kv_cache import KVCache, Span
 from service.engine.network import TorchNetwork
 from service.engine.static_steps import Compute, StaticNetwork, doubling
-from tests.tiny import tiny_model, tiny_tokenizer
+from shared.model import SmolLM2
+from tests.tiny import TINY, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def as_it_is(compute: Compute) -> Compute:
     return compute
+
+
+def long_model() -> SmolLM2:
+    """Knows more positions than the smallest step looks at."""
+    model = SmolLM2(dataclasses.replace(TINY, max_position_embeddings=600))
+    model.initialize(0)
+    return model.eval()
 
 
 def test_sizes_double_up_to_the_last() -> None:
@@ -31,15 +42,40 @@ def test_sizes_double_up_to_the_last() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_requests_are_the_oracles(seed: int) -> None:
-    draw, model, tokenizer = random.Random(seed), tiny_model(), tiny_tokenizer()
+    draw, model, tokenizer = random.Random(seed), long_model(), tiny_tokenizer()
     cases_of = Cases(draw, model, tokenizer, (1, 2, 10, 40))
-    cases = [cases_of.case(250) for _ in range(12)]
+    cases = [cases_of.case(550) for _ in range(12)]
     engine = Engine(
         model, tokenizer, num_slots=5, max_cached_tokens=2_048, network=StaticNetwork(model, as_it_is), prefill_chunk=24
     )
     warm_up(engine)
     engine.pace = engine.scheduler.pace = EagerPace(fixed_s=0.01, each_s=0.001)
     check_against_oracle(draw, engine, cases)
+
+
+def test_engines_may_share_a_network_as_each_has_steps_of_its_own_cache() -> None:
+    draw, model, tokenizer = random.Random(4), tiny_model(), tiny_tokenizer()
+    network, cases_of = StaticNetwork(model, as_it_is), Cases(draw, model, tokenizer, (10,))
+    engines = [Engine(model, tokenizer, num_slots=n, max_cached_tokens=1_024, network=network) for n in (3, 4)]
+    for engine in engines:
+        warm_up(engine)
+    for engine in (*engines, *engines):
+        check_against_oracle(draw, engine, [cases_of.case(100) for _ in range(4)])
+
+
+def test_steps_go_with_their_engine_as_a_graph_holds_much_memory() -> None:
+    def keeping_the_result(compute: Compute) -> Compute:  # as a graph does
+        scores_NV: Tensor = compute()
+        return lambda: scores_NV
+
+    model = tiny_model()
+    network = StaticNetwork(model, keeping_the_result)
+    engine = Engine(model, tiny_tokenizer(), num_slots=2, max_cached_tokens=512, network=network)
+    network.prepare(engine.cache)
+    cache, steps = ref(engine.cache), ref(network.steps_of[engine.cache])
+    assert steps() is not None
+    del engine
+    assert cache() is None and steps() is None
 
 
 def test_a_step_computes_what_the_plain_network_does_and_touches_no_other_slot() -> None:
