@@ -32,13 +32,17 @@ def choose_on_device(logits_BV: Tensor, rows: Sequence[SamplingRow], places: Seq
     change_scores(scores_NV, rows)
     bar_ids(scores_NV, rows)
     best_N, ids_N = scores_NV.max(dim=-1)
+    are_numbers_N = best_N.isfinite()
     drawn = [number for number, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
         numbers_D = torch.tensor(drawn, device=scores_NV.device)
         params = [rows[number].params for number in drawn]
         quantiles = [uniform(rows[number].params.seed, rows[number].index) for number in drawn]
-        ids_N[numbers_D] = draw(scores_NV[numbers_D] - best_N[numbers_D, None], params, quantiles)
-    token_ids: list[int] = ids_N.masked_fill(~best_N.isfinite(), -1).tolist()  # the one copy, and the one wait
+        powers_DV = scores_NV[numbers_D] - best_N[numbers_D, None]
+        # Whatever is drawn of no numbers is not used; but an index they lead astray would end all work on a GPU.
+        powers_DV.masked_fill_(~are_numbers_N[numbers_D, None], 0.0)
+        ids_N[numbers_D] = draw(powers_DV, params, quantiles)
+    token_ids: list[int] = ids_N.masked_fill(~are_numbers_N, -1).tolist()  # all that leaves the device
     check_numbers(min(token_ids) >= 0)
     return token_ids
 

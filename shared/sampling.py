@@ -151,7 +151,7 @@ def sample(
         rows: what each token is drawn for.
         places: per row, where its scores stand among the B; one after another unless given.
         logprobs: per row, how many likeliest tokens to report beside the drawn one's log-probability; None for none.
-        draw: a faster `draw_all`.
+        draw: a faster `draw_all`, for scores that are not on a GPU: that draws by itself.
 
     Raises:
         WeightsError: the scores are not numbers, which only damaged weights give.

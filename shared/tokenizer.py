@@ -31,7 +31,10 @@ MAX_PADDING_IDS = 128
 
 
 class Tokenizer:
-    """Encodes, decodes, streams, renders chats. Safe to share between threads: it holds no state of a request."""
+    """Encodes, decodes, streams, renders chats. Safe to share between threads: it holds no state of a request.
+
+    But for `vocabulary.matcher`, which is for one thread: it copies matchers that completions go on using.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
         """Wrap a backend; `settings` is the content of `tokenizer_config.json`."""

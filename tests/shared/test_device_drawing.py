@@ -77,6 +77,13 @@ def test_the_largest_quantile_draws_the_last_token_that_is_left() -> None:
 def test_scores_that_are_not_numbers_say_so(value: float) -> None:
     scores_BV = torch.zeros(2, 50)
     scores_BV[1, 7] = value
-    for temperature in (0.0, 1.0):
+    for values in PARAMS:
         with pytest.raises(WeightsError, match="not numbers"):
-            choose_on_device(scores_BV, [SamplingRow(SamplingParams(temperature=temperature))] * 2, [0, 1])
+            choose_on_device(scores_BV, [SamplingRow(SamplingParams(**values))] * 2, [0, 1])
+
+
+def test_where_nothing_may_be_drawn_it_says_so() -> None:
+    scores_BV = torch.full((1, 50), -torch.inf)
+    for values in PARAMS:
+        with pytest.raises(WeightsError, match="not numbers"):
+            choose_on_device(scores_BV, [SamplingRow(SamplingParams(**values))], [0])
