@@ -116,9 +116,9 @@ def plot(peers: list[Peer], streams: list[int], path: Path, machine: str) -> Non
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.4))
     for peer in peers:
         speeds = [peer.best[str(count)] for count in streams]
         style: dict[str, Any] = {"marker": "o", "linewidth": 2.5 if peer.name.startswith("ours") else 1.2}
@@ -130,11 +130,13 @@ def plot(peers: list[Peer], streams: list[int], path: Path, machine: str) -> Non
     right.set(title="milliseconds between two tokens of a stream", xlabel="streams", xscale="log", yscale="log")
     for axes in (left, right):
         axes.set_xticks(streams, [str(count) for count in streams], minor=False)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=len(peers), fontsize=8, frameon=False)
     figure.suptitle(f"SmolLM2-135M on {machine}", fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=110)
 
 
