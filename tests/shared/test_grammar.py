@@ -107,6 +107,9 @@ def test_a_matcher_copied_in_mid_completion_allows_what_a_new_one_does(source: s
             assert copy.consume_token(earlier) and new.consume_token(earlier)
         assert copy.compute_bitmask() == new.compute_bitmask() == first.compute_bitmask()
         assert first.consume_token(token_id)
+    assert (
+        vocabulary.matcher(source).compute_bitmask() == Vocabulary(tiny_tokenizer()).matcher(source).compute_bitmask()
+    )
 
 
 def test_a_matcher_that_failed_is_not_copied_and_few_are_kept() -> None:
