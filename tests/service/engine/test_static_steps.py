@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+from typing import Any
 from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.oracle import Cases, EagerPace, check_against_oracle
 from service.engine.engine import Engine
@@ -129,6 +132,28 @@ def test_a_step_computes_what_the_plain_network_does_and_touches_no_other_slot()
             assert torch.allclose(expected_BV, found_BV, atol=1e-5)
     expected, found = (cache.numbers_L2RKPE[:, :, :3] for cache in caches)
     assert torch.allclose(expected, found, atol=1e-5) and caches[1].numbers_L2RKPE.shape[2] == 4
+
+
+def test_a_step_stays_on_its_device_as_a_graph_must() -> None:
+    class OnMetaAlone(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        """Tensors of the device "meta" have no numbers, so that what would wait for some raises."""
+
+        def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            for each in tree_leaves((args, kwargs, result)):
+                assert not isinstance(each, Tensor) or each.device.type == "meta", function
+            return result
+
+    def watched(compute: Compute) -> Compute:
+        with OnMetaAlone():  # type: ignore[no-untyped-call]
+            scores_NV = compute()
+        return lambda: scores_NV
+
+    model = long_model().to("meta")
+    network = StaticNetwork(model, watched)
+    engine = Engine(model, tiny_tokenizer(), num_slots=3, max_cached_tokens=1_000, network=network)
+    network.prepare(engine.cache)
+    assert [*network.steps_of[engine.cache].by_size] == [(rows, size) for rows in (3, 2, 1) for size in (600, 512, 256)]
 
 
 def test_where_steps_cannot_be_captured_every_operation_is_launched_and_the_log_says_so(
