@@ -10,6 +10,7 @@ key-value head, P positions of a slot, E head_dim, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -113,10 +114,10 @@ class StaticNetwork(TorchNetwork):
 
     spare_slots = 1
 
-    def __init__(self, model: SmolLM2, capture: Capture | None = None) -> None:
-        """`capture` makes a step quick to repeat; by default each becomes a CUDA graph."""
+    def __init__(self, model: SmolLM2, new_capture: Callable[[], Capture] | None = None) -> None:
+        """`new_capture` makes, for each cache, what makes steps quick to repeat; by default they become CUDA graphs."""
         super().__init__(model)
-        self.capture = capture or GraphCapture(model.device)
+        self.new_capture = new_capture or functools.partial(GraphCapture, model.device)
         self.steps_of: WeakKeyDictionary[KVCache, StaticSteps] = WeakKeyDictionary()
         """A graph reads and writes the memory that it was captured with, so every cache has its own."""
 
@@ -125,7 +126,7 @@ class StaticNetwork(TorchNetwork):
         started_s = time.monotonic()
         try:
             with torch.inference_mode():
-                steps = StaticSteps(self.model, cache, self.capture)
+                steps = StaticSteps(self.model, cache, self.new_capture())
         except RuntimeError as error:
             log.warning("steps cannot be captured, so every operation is launched by itself: %s", str(error)[:300])
             return
@@ -159,7 +160,10 @@ def doubling(first: int, last: int) -> list[int]:
 
 
 class GraphCapture:
-    """Captures steps as CUDA graphs in one pool of memory, as no two run at once. Not yet run on a GPU."""
+    """Captures the steps of one cache as CUDA graphs in one pool of memory, as no two run at once.
+
+    PyTorch frees a pool with its last graph, and then asserts that none is captured into it. Not yet run on a GPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

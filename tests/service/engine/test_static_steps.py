@@ -68,7 +68,7 @@ def test_random_requests_are_the_oracles(seed: int) -> None:
         tokenizer,
         num_slots=5,
         max_cached_tokens=2_048,
-        network=StaticNetwork(model, LikeGraphs()),
+        network=StaticNetwork(model, LikeGraphs),
         prefill_chunk=24,
     )
     warm_up(engine)
@@ -78,7 +78,7 @@ def test_random_requests_are_the_oracles(seed: int) -> None:
 
 def test_engines_may_share_a_network_as_each_has_steps_of_its_own_cache() -> None:
     draw, model, tokenizer = random.Random(4), tiny_model(), tiny_tokenizer()
-    network, cases_of = StaticNetwork(model, LikeGraphs()), Cases(draw, model, tokenizer, (10,))
+    network, cases_of = StaticNetwork(model, LikeGraphs), Cases(draw, model, tokenizer, (10,))
     engines = [Engine(model, tokenizer, num_slots=n, max_cached_tokens=1_024, network=network) for n in (3, 4)]
     for engine in engines:
         warm_up(engine)
@@ -92,7 +92,7 @@ def test_steps_go_with_their_engine_as_a_graph_holds_much_memory() -> None:
         return lambda: scores_NV
 
     model = tiny_model()
-    network = StaticNetwork(model, keeping_the_result)
+    network = StaticNetwork(model, lambda: keeping_the_result)
     engine = Engine(model, tiny_tokenizer(), num_slots=2, max_cached_tokens=512, network=network)
     network.prepare(engine.cache)
     cache, steps = ref(engine.cache), ref(network.steps_of[engine.cache])
@@ -103,7 +103,7 @@ def test_steps_go_with_their_engine_as_a_graph_holds_much_memory() -> None:
 
 def test_a_step_computes_what_the_plain_network_does_and_touches_no_other_slot() -> None:
     model = tiny_model()
-    plain, static = TorchNetwork(model), StaticNetwork(model, LikeGraphs())
+    plain, static = TorchNetwork(model), StaticNetwork(model, LikeGraphs)
     caches = []
     for network in (plain, static):
         cache = KVCache(
@@ -150,7 +150,7 @@ def test_a_step_stays_on_its_device_as_a_graph_must() -> None:
         return lambda: scores_NV
 
     model = long_model().to("meta")
-    network = StaticNetwork(model, watched)
+    network = StaticNetwork(model, lambda: watched)
     engine = Engine(model, tiny_tokenizer(), num_slots=3, max_cached_tokens=1_000, network=network)
     network.prepare(engine.cache)
     assert [*network.steps_of[engine.cache].by_size] == [(rows, size) for rows in (3, 2, 1) for size in (600, 512, 256)]
@@ -164,7 +164,12 @@ def test_where_steps_cannot_be_captured_every_operation_is_launched_and_the_log_
 
     draw, model, tokenizer = random.Random(9), tiny_model(), tiny_tokenizer()
     engine = Engine(
-        model, tokenizer, num_slots=4, max_cached_tokens=1_024, network=StaticNetwork(model, fails), prefill_chunk=24
+        model,
+        tokenizer,
+        num_slots=4,
+        max_cached_tokens=1_024,
+        network=StaticNetwork(model, lambda: fails),
+        prefill_chunk=24,
     )
     with caplog.at_level(logging.WARNING):
         warm_up(engine)
