@@ -47,7 +47,9 @@ class Requests:
 
     def engine(self, **values: Any) -> Engine:
         settings = {"num_slots": 32, "max_cached_tokens": 16_384, "speculate": False, "share_prefixes": False}
-        return Engine(self.model, self.tokenizer, network=self.network, **{**settings, **values})
+        engine = Engine(self.model, self.tokenizer, network=self.network, **{**settings, **values})
+        self.network.prepare(engine.cache)  # on a GPU: steps as they are served
+        return engine
 
     def sequence(self, place: int, completion_ids: list[int], prompt_ids: list[int] | None = None) -> Sequence:
         return Sequence(

@@ -106,6 +106,6 @@ class Pace:
 
     def __str__(self) -> str:
         return (
-            f"{1e3 * self.fixed_s:.1f} ms a step, {1e3 * self.each_s:.2f} ms a token and "
-            f"{1e6 * self.look_s:.2f} ms a thousand positions it looks back at"
+            f"{1e3 * self.fixed_s:.3g} ms a step, {1e6 * self.each_s:.3g} us a token and "
+            f"{1e9 * self.look_s:.3g} us a thousand positions it looks back at"
         )

@@ -79,6 +79,11 @@ def test_tokens_that_look_back_at_more_cost_more_so_fewer_stand_beside_streams()
     assert pace.num_drafts_worth(8, 0.5, MOST, position=1_500) < pace.num_drafts_worth(8, 0.5, MOST)
 
 
+def test_what_a_gpu_takes_can_be_read_in_the_log() -> None:
+    pace = Pace(fixed_s=0.0008, each_s=2e-6, look_s=3e-11)
+    assert str(pace) == "0.8 ms a step, 2 us a token and 0.03 us a thousand positions it looks back at"
+
+
 def test_steps_that_are_all_alike_leave_the_slope() -> None:
     pace = Pace(fixed_s=0.01, each_s=0.001)
     for _ in range(500):
