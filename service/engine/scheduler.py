@@ -117,10 +117,11 @@ class Scheduler:
     def plan(self) -> list[Work]:
         """Return the next step's work: single tokens first, ordered by slot, then pieces of prompts."""
         self.start_waiting()
-        decoding = [sequence for sequence in self.running if sequence.num_missing == 1]
+        # One that waited may copy all but its last token here, and decodes then.
+        ready = [one for one in self.running if one.num_missing == 1 or not self.waits_for_another(one)]
+        decoding = [one for one in ready if one.num_missing == 1]
+        prefilling = [one for one in ready if one.num_missing > 1]
         counts = dict.fromkeys(decoding, 1)
-        prefilling = [sequence for sequence in self.running if sequence.num_missing > 1]
-        prefilling = [sequence for sequence in prefilling if not self.waits_for_another(sequence)]
         budget = self.prompt_budget(len(decoding), position=max((one.num_cached for one in prefilling), default=0))
         if prefilling and decoding:
             self.last_budget = budget

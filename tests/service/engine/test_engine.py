@@ -216,3 +216,13 @@ def test_damaged_weights_are_an_error_not_a_token() -> None:
     model.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(WeightsError, match="damaged"):
         run(engine_of(model), sequence([5], params={"temperature": 1.0}))
+
+
+def test_a_sequence_that_copies_all_but_its_last_token_may_guess_at_once() -> None:
+    prompt_ids = [7, 8, 9] * 20
+    expected = ids_of(run(engine_of(), sequence(prompt_ids)))
+    engine = engine_of(prefill_chunk=32)
+    first, second = sequence(prompt_ids, "first", max_new_tokens=1), sequence(prompt_ids, "second")
+    outputs = run(engine, first, second)  # when the first has ended, nobody decodes and the second has one token to go
+    assert engine.statistics.num_shared_tokens == len(prompt_ids) - 1
+    assert ids_of([output for output in outputs if output.sequence_id == "second"]) == expected
