@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.drawing import BITS_OF_ONE, BUCKET_SHIFT, all_ids, check_numbers
+from shared.drawing import all_ids, check_numbers
 from shared.score_changes import added, allowed_ids, repeated, spent
 from shared.uniform import uniform
 
@@ -116,16 +116,10 @@ def nucleus(weights_DV: Tensor, top_p_D1: Tensor) -> tuple[Tensor, Tensor]:
     sorted_DV, order_DV = weights_DV.sort(descending=True, stable=True)
     reached_DV = sorted_DV.double().cumsum(-1)
     is_kept_DV = (reached_DV - sorted_DV < top_p_D1 * reached_DV[:, -1:]) | (top_p_D1 >= 1.0)
-    border_D1 = sorted_DV.gather(1, is_kept_DV.sum(-1, keepdim=True) - 1)
-    # Those above the border's bucket stand by id, the others behind them by weight; without top-p all by id.
-    is_above_DV = (bucket(weights_DV) < bucket(border_D1)) | (top_p_D1 >= 1.0)
+    # All stand by id, but the lightest that is kept, and behind it those that are dropped; without top-p all by id.
     ids_V = torch.arange(size, device=weights_DV.device)
     ranks_DV = torch.empty_like(order_DV).scatter_(1, order_DV, ids_V.expand_as(order_DV))
-    walk_DV = torch.where(is_above_DV, ids_V, size + ranks_DV).argsort(-1)
+    is_heavier_DV = (ranks_DV < is_kept_DV.sum(-1, keepdim=True) - 1) | (top_p_D1 >= 1.0)
+    walk_DV = torch.where(is_heavier_DV, ids_V, size + ranks_DV).argsort(-1)
     weights_DV = weights_DV.where(torch.empty_like(is_kept_DV).scatter_(1, order_DV, is_kept_DV), 0.0)
     return weights_DV.gather(1, walk_DV), walk_DV
-
-
-def bucket(weights: Tensor) -> Tensor:
-    """Return which of the buckets of `drawing.nucleus` each weight falls into: 0 holds the heaviest."""
-    return (BITS_OF_ONE >> BUCKET_SHIFT) - (weights.view(torch.int32) >> BUCKET_SHIFT)

@@ -149,12 +149,16 @@ def nucleus(weights_V: Scores, ids: NDArray[np.intp] | None, top_p: float) -> ND
     buckets = (BITS_OF_ONE >> BUCKET_SHIFT) - (weights.view(np.int32) >> BUCKET_SHIFT)
     reached = np.cumsum(np.bincount(buckets, weights=weights))
     border = int(np.searchsorted(reached, needed, side="left"))
-    inside, candidates = ids[buckets < border], ids[buckets == border]
+    candidates = ids[buckets == border]
+    if not len(candidates):  # rounding: all together hardly reach it
+        return ids
     candidates = candidates[np.argsort(-weights_V[candidates], kind="stable")]
     before = np.cumsum(weights_V[candidates], dtype=np.float64) + (reached[border - 1] if border else 0.0)
     count = int(np.searchsorted(before, needed, side="left")) + 1
-    # Those at the border last: where another rounding leaves one of them out, no other draw changes.
-    return np.concatenate((inside, candidates[:count]))
+    # By id, but the lightest last: where another rounding leaves it out, no other draw changes.
+    lightest = candidates[min(count, len(candidates)) - 1]
+    is_heavier = (weights > weights_V[lightest]) | ((weights == weights_V[lightest]) & (ids < lightest))
+    return np.append(ids[is_heavier], lightest)
 
 
 def quantile(weights: Scores, u: float) -> int:

@@ -193,6 +193,22 @@ def test_biased_draws_follow_the_biased_distribution() -> None:
     check_chi_squared(drawn, expected)
 
 
+def test_a_weight_in_another_last_bit_moves_no_other_token() -> None:
+    weights_V = np.geomspace(1.0, 0.2, 300).astype(np.float32)[np.random.default_rng(3).permutation(300)]
+    params = SamplingParams(top_p=0.9)
+    kept = survivors(weights_V, params)
+    for place in range(300):
+        for direction in (0.0, 2.0):
+            moved_V = weights_V.copy()
+            moved_V[place] = np.nextafter(weights_V[place], np.float32(direction))
+            if weights_V[place] < 1.0:
+                assert np.array_equal(survivors(moved_V, params), kept)
+    edge = np.float32(0.25) * np.float32(2.0)  # a border of two buckets
+    for below in (edge, np.nextafter(edge, np.float32(0))):
+        weights_V[np.argsort(-weights_V)[260]] = below
+        assert [*survivors(weights_V, params)[:-1]] == sorted(survivors(weights_V, params)[:-1])
+
+
 def test_end_tokens_are_barred_until_min_tokens() -> None:
     logits_BV = torch.tensor([[2.0, 1.0, 3.0]])
     for params in (

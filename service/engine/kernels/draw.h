@@ -161,11 +161,16 @@ class Draw {
         std::vector<Kept> candidates;
         for (Kept one : kept)
             if (bucket_of(one) == border) candidates.push_back(one);
+        if (candidates.empty()) return;  // rounding: all together hardly reach it
         std::stable_sort(candidates.begin(), candidates.end(), [](Kept a, Kept b) { return a.weight > b.weight; });
         size_t length = 0;
         while (length < candidates.size() && (length == 0 || reached < needed)) reached += candidates[length++].weight;
-        drop([&](Kept one) { return bucket_of(one) >= border; });
-        kept.insert(kept.end(), candidates.begin(), candidates.begin() + length);
+        // By id, but the lightest last: where another rounding leaves it out, no other draw changes.
+        const Kept lightest = candidates[length - 1];
+        drop([&](Kept one) {
+            return one.weight < lightest.weight || (one.weight == lightest.weight && one.token >= lightest.token);
+        });
+        kept.push_back(lightest);
     }
 
     int quantile_of_all(double u) const {
