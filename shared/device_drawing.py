@@ -96,30 +96,37 @@ def draw(powers_DV: Tensor, params: Sequence[SamplingParams], quantiles: Sequenc
         floor_D1 = largest_DK.gather(1, (top_k_D1.long() - 1).clamp(0, max(counts) - 1))
         is_off_D1 = (top_k_D1 == 0) | (top_k_D1 >= size)
         weights_DV = weights_DV.where(is_off_D1 | (weights_DV >= floor_D1), 0.0)  # ties with the k-th stay
-    ids_DV: Tensor | None = None  # in the order in which the quantile walks them; None: the lowest first
     if any(each.top_p < 1.0 for each in params):
-        weights_DV, ids_DV = nucleus(weights_DV, top_p_D1)
+        weights_DV = nucleus(weights_DV, top_p_D1)
     weights_DV = weights_DV.where(weights_DV >= min_p_D1.float(), 0.0)
-    reached_DV = weights_DV.double().cumsum(-1)
-    places_D = (reached_DV <= quantiles_D1 * reached_DV[:, -1:]).sum(-1)
-    last_D = (torch.arange(size, device=powers_DV.device) * (weights_DV > 0)).amax(-1)
-    places_D = torch.minimum(places_D, last_D)  # the quantile may round up to the whole
-    return places_D if ids_DV is None else ids_DV.gather(1, places_D.unsqueeze(1)).squeeze(1)
+    is_filtered_D1 = (top_k_D1 > 0) & (top_k_D1 < size) | (top_p_D1 < 1.0) | (min_p_D1 > 0.0)
+    weights_DW, lightest_D = lightest_last(weights_DV, is_filtered_D1)
+    reached_DW = weights_DW.double().cumsum(-1)
+    ids_D = (reached_DW <= quantiles_D1 * reached_DW[:, -1:]).sum(-1)
+    last_D = (torch.arange(size + 1, device=powers_DV.device) * (weights_DW > 0)).amax(-1)
+    ids_D = torch.minimum(ids_D, last_D)  # the quantile may round up to the whole
+    return ids_D.where(ids_D < size, lightest_D)
 
 
-def nucleus(weights_DV: Tensor, top_p_D1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's ids in the order of `drawing.nucleus`, with their weights, 0 for those that top-p drops.
+def lightest_last(weights_DV: Tensor, is_filtered_D1: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the weight of each filtered row's lightest token into a place behind all: (D, V + 1), and its id (D).
 
-    A token stays while those before it have not reached top-p of the whole: arXiv 1904.09751.
+    As `drawing.lightest_last`.
     """
-    size = weights_DV.shape[1]
+    ids_V = torch.arange(weights_DV.shape[1], device=weights_DV.device)
+    smallest_D1 = weights_DV.where(weights_DV > 0, torch.inf).amin(-1, keepdim=True)
+    lightest_D1 = (ids_V * (weights_DV == smallest_D1)).amax(-1, keepdim=True)
+    moves_DV = (ids_V == lightest_D1) & is_filtered_D1
+    moved_D1 = smallest_D1.where(is_filtered_D1, 0.0)
+    return torch.cat((weights_DV.masked_fill(moves_DV, 0.0), moved_D1), dim=1), lightest_D1.squeeze(1)
+
+
+def nucleus(weights_DV: Tensor, top_p_D1: Tensor) -> Tensor:
+    """Return the weights, 0 for tokens that top-p drops.
+
+    A token stays while those before it, by weight, have not reached top-p of the whole: arXiv 1904.09751.
+    """
     sorted_DV, order_DV = weights_DV.sort(descending=True, stable=True)
     reached_DV = sorted_DV.double().cumsum(-1)
     is_kept_DV = (reached_DV - sorted_DV < top_p_D1 * reached_DV[:, -1:]) | (top_p_D1 >= 1.0)
-    # All stand by id, but the lightest that is kept, and behind it those that are dropped; without top-p all by id.
-    ids_V = torch.arange(size, device=weights_DV.device)
-    ranks_DV = torch.empty_like(order_DV).scatter_(1, order_DV, ids_V.expand_as(order_DV))
-    is_heavier_DV = (ranks_DV < is_kept_DV.sum(-1, keepdim=True) - 1) | (top_p_D1 >= 1.0)
-    walk_DV = torch.where(is_heavier_DV, ids_V, size + ranks_DV).argsort(-1)
-    weights_DV = weights_DV.where(torch.empty_like(is_kept_DV).scatter_(1, order_DV, is_kept_DV), 0.0)
-    return weights_DV.gather(1, walk_DV), walk_DV
+    return weights_DV.where(torch.empty_like(is_kept_DV).scatter_(1, order_DV, is_kept_DV), 0.0)

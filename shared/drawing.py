@@ -118,7 +118,7 @@ def draw(weights_V: Scores, params: SamplingParams, u: float) -> int:
 
 
 def survivors(weights_V: Scores, params: SamplingParams) -> NDArray[np.intp] | None:
-    """Return the ids that top-k, top-p and min-p leave, in a fixed order; None where all stay."""
+    """Return the ids that top-k, top-p and min-p leave, the lightest last; None where all stay."""
     size = len(weights_V)
     kept: NDArray[np.intp] | None = None
     if 0 < params.top_k < size:
@@ -129,7 +129,18 @@ def survivors(weights_V: Scores, params: SamplingParams) -> NDArray[np.intp] | N
     if params.min_p > 0.0:
         floor = np.float32(params.min_p)
         kept = np.flatnonzero(weights_V >= floor) if kept is None else kept[weights_V[kept] >= floor]
-    return kept
+    return None if kept is None else lightest_last(kept, weights_V)
+
+
+def lightest_last(ids: NDArray[np.intp], weights_V: Scores) -> NDArray[np.intp]:
+    """Return ids in ascending order, but the lightest that weighs anything last, of equals the one of the highest id.
+
+    Which of two tokens with nearly the same weight comes last into what is kept, another rounding decides differently;
+    so it may change the draw of these two, but of no other.
+    """
+    weights = weights_V[ids]
+    places = np.flatnonzero(weights == weights[weights > 0].min())
+    return np.append(np.delete(ids, places[-1]), ids[places[-1]])
 
 
 def nucleus(weights_V: Scores, ids: NDArray[np.intp] | None, top_p: float) -> NDArray[np.intp]:
@@ -155,10 +166,10 @@ def nucleus(weights_V: Scores, ids: NDArray[np.intp] | None, top_p: float) -> ND
     candidates = candidates[np.argsort(-weights_V[candidates], kind="stable")]
     before = np.cumsum(weights_V[candidates], dtype=np.float64) + (reached[border - 1] if border else 0.0)
     count = int(np.searchsorted(before, needed, side="left")) + 1
-    # By id, but the lightest last: where another rounding leaves it out, no other draw changes.
     lightest = candidates[min(count, len(candidates)) - 1]
-    is_heavier = (weights > weights_V[lightest]) | ((weights == weights_V[lightest]) & (ids < lightest))
-    return np.append(ids[is_heavier], lightest)
+    stays = (weights > weights_V[lightest]) | ((weights == weights_V[lightest]) & (ids <= lightest))
+    kept: NDArray[np.intp] = ids[stays]
+    return kept
 
 
 def quantile(weights: Scores, u: float) -> int:

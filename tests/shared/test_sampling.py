@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.drawing import Bits, quantile, survivors
+from shared.drawing import Bits, draw, quantile, survivors
 from shared.errors import GenerationError, WeightsError
 from shared.sampling import SamplingParams, SamplingRow, sample
 from shared.uniform import uniform
@@ -194,7 +194,7 @@ def test_biased_draws_follow_the_biased_distribution() -> None:
 
 
 def test_a_weight_in_another_last_bit_moves_no_other_token() -> None:
-    """What top-p keeps is walked by id, but the lightest last."""
+    """What filters keep is walked by id, but the lightest last."""
     weights_V = np.geomspace(1.0, 0.2, 300).astype(np.float32)[np.random.default_rng(3).permutation(300)]
 
     def kept() -> list[int]:
@@ -210,6 +210,19 @@ def test_a_weight_in_another_last_bit_moves_no_other_token() -> None:
             weights_V[place] = np.nextafter(exact, np.float32(direction))
             assert kept() == before
         weights_V[place] = exact
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 5, "min_p": 0.01}])
+def test_which_of_two_equals_comes_last_changes_the_draw_of_these_two_alone(filters: dict[str, Any]) -> None:
+    weights_V = np.array([0.3, 0.2, 1.0, 0.2, 0.5, 0.4, 0.1], dtype=np.float32)
+    quantiles = np.linspace(0.0, 0.999, 500)
+    drawn = []
+    for heavier in (1, 3):
+        changed_V = weights_V.copy()
+        changed_V[heavier] = np.nextafter(weights_V[heavier], np.float32(1))
+        drawn.append([draw(changed_V, SamplingParams(**filters), u) for u in quantiles])
+    differing = {pair for pair in zip(*drawn, strict=True) if pair[0] != pair[1]}
+    assert differing <= {(1, 3)}
 
 
 def test_end_tokens_are_barred_until_min_tokens() -> None:

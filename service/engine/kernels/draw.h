@@ -37,6 +37,7 @@ class Draw {
         if (top_k < (int)kept.size()) leave_top(top_k);
         if (top_p < 1.0) leave_nucleus(top_p, top_k == size ? total() : sum_of_kept());
         if (floor < min_p) drop([&](Kept one) { return one.weight < min_p; });  // the heaviest weighs 1 and stays
+        put_lightest_last();
         return quantile_of_kept(u);
     }
 
@@ -165,12 +166,10 @@ class Draw {
         std::stable_sort(candidates.begin(), candidates.end(), [](Kept a, Kept b) { return a.weight > b.weight; });
         size_t length = 0;
         while (length < candidates.size() && (length == 0 || reached < needed)) reached += candidates[length++].weight;
-        // By id, but the lightest last: where another rounding leaves it out, no other draw changes.
         const Kept lightest = candidates[length - 1];
         drop([&](Kept one) {
-            return one.weight < lightest.weight || (one.weight == lightest.weight && one.token >= lightest.token);
+            return one.weight < lightest.weight || (one.weight == lightest.weight && one.token > lightest.token);
         });
-        kept.push_back(lightest);
     }
 
     int quantile_of_all(double u) const {
@@ -187,6 +186,14 @@ class Draw {
             if (before > target) return i;
         }
         return last;
+    }
+
+    // Which of two tokens comes last into what is kept, another rounding decides differently: the others stay in place.
+    void put_lightest_last() {
+        auto lightest = kept.end();
+        for (auto one = kept.begin(); one != kept.end(); ++one)
+            if (one->weight > 0 && (lightest == kept.end() || one->weight <= lightest->weight)) lightest = one;
+        if (lightest != kept.end()) std::rotate(lightest, lightest + 1, kept.end());
     }
 
     int quantile_of_kept(double u) const {
