@@ -120,12 +120,6 @@ class SamplingRow:
         """Whether the token is drawn from other scores than the model's own."""
         return self.params.has_penalties or bool(self.params.logit_bias)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the token is the likeliest of all by the model's own scores."""
-        is_free = self.constraint is None and not self.must_go_on
-        return self.params.is_greedy and is_free and not self.changes_scores
-
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -170,15 +164,18 @@ def sample(
 
 
 def choose_on_cpu(logits_BV: Tensor, rows: Sequence[SamplingRow], places: Sequence[int], draw: Draw) -> list[int]:
-    """Choose each row's token, the plain ones without a copy of their scores."""
-    token_ids = [0] * len(rows)
-    plain = [number for number, row in enumerate(rows) if row.is_plain]
-    others = [number for number, row in enumerate(rows) if not row.is_plain]
-    for number in plain:
-        token_ids[number] = greedy(floats(logits_BV[places[number]]))
-    scores = [floats(logits_BV[places[number]]) for number in others]
-    chosen = choose(scores, [rows[number] for number in others], draw)
-    for number, token_id in zip(others, chosen, strict=True):
+    """Choose each row's token. Scores are copied where a request changes them, and nowhere else."""
+    token_ids = [-1] * len(rows)
+    drawn: dict[int, Candidates] = {}  # by number of the row
+    for number, (place, row) in enumerate(zip(places, rows, strict=True)):
+        candidates = candidates_of(floats(logits_BV[place]), row)
+        if row.params.is_greedy:
+            token_ids[number] = greedy(candidates.barred())
+        else:
+            drawn[number] = candidates
+    params = [rows[number].params for number in drawn]
+    quantiles = [uniform(rows[number].params.seed, rows[number].index) for number in drawn]
+    for number, token_id in zip(drawn, draw([*drawn.values()], params, quantiles), strict=True):
         token_ids[number] = token_id
     return token_ids
 
@@ -191,20 +188,6 @@ def floats(logits_V: Tensor) -> Scores:
     """
     numbers: Scores = logits_V.detach().float().cpu().numpy()
     return numbers
-
-
-def choose(scores: Sequence[Scores], rows: Sequence[SamplingRow], draw: Draw) -> list[int]:
-    """Choose each row's token."""
-    candidates = [candidates_of(scores_V, row) for scores_V, row in zip(scores, rows, strict=True)]
-    token_ids = [
-        greedy(those.barred()) if row.params.is_greedy else -1 for those, row in zip(candidates, rows, strict=True)
-    ]
-    drawn = [number for number, row in enumerate(rows) if not row.params.is_greedy]
-    params = [rows[number].params for number in drawn]
-    quantiles = [uniform(rows[number].params.seed, rows[number].index) for number in drawn]
-    for number, token_id in zip(drawn, draw([candidates[number] for number in drawn], params, quantiles), strict=True):
-        token_ids[number] = token_id
-    return token_ids
 
 
 def candidates_of(scores_V: Scores, row: SamplingRow) -> Candidates:
