@@ -53,8 +53,8 @@ class TorchNetwork:
 
     def scores(self, cache: KVCache, token_ids: Sequence[int], spans: Sequence[Span], places: Sequence[int]) -> Tensor:
         device = self.model.device
-        positions = [position for span in spans for position in range(span.start, span.end)]
-        ids_1N, positions_1N = torch.tensor([token_ids], device=device), torch.tensor([positions], device=device)
+        ids_1N = torch.tensor([token_ids], device=device)
+        positions_1N = torch.tensor([positions_of(spans)], device=device)
         hidden_ND = self.model.hidden_states(ids_1N, positions_1N, StepAttention(cache, spans))[0]
         return self.model.logits(hidden_ND if len(places) == len(token_ids) else hidden_ND[list(places)])
 
@@ -62,3 +62,8 @@ class TorchNetwork:
         self, rows: Sequence[Candidates], params: Sequence[SamplingParams], quantiles: Sequence[float]
     ) -> list[int]:
         return draw_all(rows, params, quantiles)
+
+
+def positions_of(spans: Sequence[Span]) -> list[int]:
+    """Return where in its sequence each token of a step stands."""
+    return [position for span in spans for position in range(span.start, span.end)]

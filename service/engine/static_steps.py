@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.engine.kv_cache import KVCache, Span
-from service.engine.network import TorchNetwork
+from service.engine.network import TorchNetwork, positions_of
 from shared.model import SmolLM2
 
 log = logging.getLogger(__name__)
@@ -145,8 +145,7 @@ class StaticNetwork(TorchNetwork):
         if step is None:
             return super().scores(cache, token_ids, spans, places)
         slots = [span.slot for span in spans for _ in range(span.count)]
-        positions = [position for span in spans for position in range(span.start, span.end)]
-        scores_NV = step.run(token_ids, slots, positions)
+        scores_NV = step.run(token_ids, slots, positions_of(spans))
         return scores_NV if len(places) == len(token_ids) else scores_NV[list(places)]
 
 

@@ -20,7 +20,7 @@ CROSS_COMPILER = "aarch64-linux-gnu-g++"
 AARCH64 = 183
 """The machine's number in an ELF file's head, at byte 18."""
 
-RASPBERRY_PI_4 = """\
+CORTEX_A72 = """\
 processor	: 0
 BogoMIPS	: 108.00
 Features	: fp asimd evtstrm crc32 cpuid
@@ -29,16 +29,10 @@ CPU architecture: 8
 CPU variant	: 0x0
 CPU part	: 0xd08
 CPU revision	: 3
-
-processor	: 1
-BogoMIPS	: 108.00
-Features	: fp asimd evtstrm crc32 cpuid
-CPU implementer	: 0x41
-CPU architecture: 8
-CPU variant	: 0x0
-CPU part	: 0xd08
-CPU revision	: 3
-
+"""
+RASPBERRY_PI_4 = f"""\
+{CORTEX_A72}
+{CORTEX_A72.replace(": 0", ": 1", 1)}
 Revision	: c03112
 Model		: Raspberry Pi 4 Model B Rev 1.2
 """
