@@ -132,8 +132,8 @@ class Engine:
             num_running=len(running),
             cached_tokens=cached_tokens,
             cached_bytes=cached_tokens * cache.bytes_per_token,
-            kept_bytes=min(cache.num_needed, cache.max_cached_tokens) * cache.bytes_per_token,
-            cache_limit_bytes=cache.max_cached_tokens * cache.bytes_per_token,
+            kept_bytes=cache.num_needed * cache.bytes_per_token,
+            cache_limit_bytes=cache.most_needed * cache.bytes_per_token,
         )
 
     def forget_statistics(self) -> None:

@@ -53,7 +53,7 @@ class Host:
         return self.folder.revision
 
 
-Load = Callable[[ModelFolder], Host]
+Loader = Callable[[ModelFolder], Host]
 
 
 def load_host(
@@ -140,7 +140,7 @@ def describe_choices(engine: Engine) -> str:
 class Hosts:
     """Every usable model of a folder. A thread looks for changes and loads; `adopt` makes them visible."""
 
-    def __init__(self, models_dir: Path, load: Load, *, poll_s: float) -> None:
+    def __init__(self, models_dir: Path, load: Loader, *, poll_s: float) -> None:
         self.models_dir = models_dir
         self.load = load
         self.poll_s = poll_s

@@ -1,6 +1,7 @@
 """Keys and values of every live sequence: one slot each, up to the model's context long, written in place.
 
-Memory follows the tokens that were written, not the size of the slots, and is bounded by `max_cached_tokens`.
+Memory follows the tokens that were written, not the size of the slots, and is bounded by `max_cached_tokens` and what
+rounding to blocks adds.
 """
 
 from __future__ import annotations
@@ -115,8 +116,15 @@ class KVCache:
 
     @property
     def num_needed(self) -> int:
-        """Tokens for which memory is taken or promised."""
-        return sum(max(touched, self.reserved.get(slot, 0)) for slot, touched in enumerate(self.touched))
+        """Tokens for which memory is taken or promised, in whole blocks."""
+        length = self.layout.block_length
+        needed = (max(touched, self.reserved.get(slot, 0)) for slot, touched in enumerate(self.touched))
+        return sum(-(-num_tokens // length) * length for num_tokens in needed)
+
+    @property
+    def most_needed(self) -> int:
+        """What `num_needed` never exceeds: every slot may begin a block that it does not fill."""
+        return self.max_cached_tokens + self.num_slots * (self.layout.block_length - 1)
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Give one slot the first keys and values of another."""

@@ -22,6 +22,8 @@ class Layout(Protocol):
     """Memory for R slots of P positions."""
 
     numbers: Tensor
+    block_length: int
+    """Positions that are taken and given back together."""
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Give one slot the first keys and values of another."""
@@ -32,6 +34,8 @@ class Layout(Protocol):
 
 class WholeSlots:
     """(L, 2, R, K, P, E): each head of a layer sees its positions in one piece."""
+
+    block_length = 1
 
     def __init__(
         self, config: ModelConfig, num_slots: int, slot_length: int, dtype: torch.dtype, device: torch.device
@@ -56,6 +60,8 @@ class BlockedSlots:
 
     In `WholeSlots` a step of 32 sequences touches 17,000 small pages, and waits for the processor to find each.
     """
+
+    block_length = BLOCK_LENGTH
 
     def __init__(
         self, config: ModelConfig, num_slots: int, slot_length: int, dtype: torch.dtype, device: torch.device

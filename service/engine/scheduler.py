@@ -8,7 +8,7 @@ sequence did is copied instead of computed; where that one is still at it, it is
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ LEAST_PROMPT_TOKENS = 8
 """However slow each is: a prompt must come to its end."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Work:
     """Tokens of one sequence to compute in this step."""
 
@@ -34,29 +34,24 @@ class Work:
     span: Span
     drafts: tuple[int, ...] = ()
     """Guesses of what comes next, computed behind the known tokens; `span` covers them too."""
+    num_known: int = field(init=False)
+    """Tokens of the sequence, from its first on, that are computed after this step, guesses aside."""
+    is_complete: bool = field(init=False)
+    """Whether the next token can be drawn after it."""
+    num_scored: int = field(init=False)
+    """Tokens whose successor stands in a prompt that is to be scored."""
+    num_scores: int = field(init=False)
+    """Tokens, the last of the span, whose successor's scores are wanted: `num_scored`, then the last known one and every
+    guess."""
 
-    @property
-    def num_known(self) -> int:
-        """Tokens of the sequence, from its first on, that are computed after this step, guesses aside."""
-        return self.span.end - len(self.drafts)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the next token can be drawn after it."""
-        return self.num_known == self.sequence.num_tokens
-
-    @property
-    def num_scored(self) -> int:
-        """Tokens whose successor stands in a prompt that is to be scored."""
-        if self.sequence.prompt_scores is None:
-            return 0
-        return max(0, min(self.span.end, len(self.sequence.prompt_ids) - 1) - self.span.start)
-
-    @property
-    def num_scores(self) -> int:
-        """Tokens, the last of the span, whose successor's scores are wanted: `num_scored`, then the last known one and
-        every guess."""
-        return self.num_scored + (1 + len(self.drafts) if self.is_complete else 0)
+    def __post_init__(self) -> None:
+        sequence, end = self.sequence, self.span.end
+        self.num_known = end - len(self.drafts)
+        self.is_complete = self.num_known == sequence.num_tokens
+        self.num_scored = 0
+        if sequence.prompt_scores is not None:
+            self.num_scored = max(0, min(end, len(sequence.prompt_ids) - 1) - self.span.start)
+        self.num_scores = self.num_scored + (1 + len(self.drafts) if self.is_complete else 0)
 
     @property
     def token_ids(self) -> list[int]:
@@ -117,10 +112,12 @@ class Scheduler:
     def plan(self) -> list[Work]:
         """Return the next step's work: single tokens first, ordered by slot, then pieces of prompts."""
         self.start_waiting()
-        # One that waited may copy all but its last token here, and decodes then.
-        ready = [one for one in self.running if one.num_missing == 1 or not self.waits_for_another(one)]
-        decoding = [one for one in ready if one.num_missing == 1]
-        prefilling = [one for one in ready if one.num_missing > 1]
+        decoding, prefilling = [], []
+        for one in self.running:
+            # One that waited may copy all but its last token here, and decodes then.
+            if one.num_missing > 1 and self.waits_for_another(one):
+                continue
+            (decoding if one.num_missing == 1 else prefilling).append(one)
         counts = dict.fromkeys(decoding, 1)
         budget = self.prompt_budget(len(decoding), position=max((one.num_cached for one in prefilling), default=0))
         if prefilling and decoding:

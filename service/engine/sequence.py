@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from service.engine.drafting import Drafter
 from service.engine.stopping import Released, Stopping
@@ -143,8 +145,7 @@ class Sequence:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """What one step brought one sequence: usually one token, none where it ended without a further one."""
 
     sequence_id: str
@@ -162,5 +163,5 @@ class Output:
     stop_sequence: str | None = None
     error: str | None = None
     """One sentence, with the finish reason "error"."""
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: Mapping[str, float] = MappingProxyType({})
     """Filled in with the finish reason."""

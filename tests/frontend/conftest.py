@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 from service.queue.local_server import start_redis
 from shared.checkpoint import write_export
@@ -29,6 +29,9 @@ SLOW = ModelConfig(
     num_key_value_heads=1,
     max_position_embeddings=4096,
 )
+
+PATIENCE_MS = 30_000
+"""On two cores that also train and compile, a token of the slow model takes 0.2 s."""
 
 CHROMIUM_ARGUMENTS = [
     "--no-sandbox",
@@ -85,6 +88,7 @@ def browser() -> Iterator[Browser]:
     """
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     assert path, "the browser tests need chromium on PATH; without it: pytest -m 'not browser'"
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_ARGUMENTS)
         yield browser
@@ -100,7 +104,7 @@ def page(browser: Browser, stack: Stack, request: pytest.FixtureRequest) -> Iter
     width, url = getattr(request, "param", (1280, stack.page_url))
     context = browser.new_context(viewport={"width": width, "height": 900}, locale="en-GB")
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(PATIENCE_MS)
     complaints: list[str] = []
     page.on("console", lambda message: complaints.extend(complaint_of(message)))
     page.on("pageerror", lambda error: complaints.append(f"exception: {error}"))

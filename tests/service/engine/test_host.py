@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from service.engine.host import Host, Hosts, Load, load_host
+from service.engine.host import Host, Hosts, Loader, load_host
 from service.engine.sequence import Sequence
 from shared.catalog import ModelFolder
 from shared.sampling import SamplingParams
 from tests.tiny import other_tokenizer, tiny_tokenizer, write_tiny_export
 
 
-def loader(dtype: torch.dtype) -> Load:
+def loader(dtype: torch.dtype) -> Loader:
     return functools.partial(load_host, device=torch.device("cpu"), dtype=dtype, num_slots=2, max_cached_tokens=256)
 
 

@@ -76,6 +76,18 @@ def test_slots_and_tokens_are_both_bounds() -> None:
     assert cache.free_slots == 0
 
 
+def test_memory_in_blocks_is_counted_in_blocks() -> None:
+    cache = cache_of(num_slots=3, max_cached_tokens=300, in_blocks=True)
+    first, _, third = taken(cache, 1), taken(cache, 130), taken(cache, 160)
+    assert cache.num_needed == 64 + 192 + 192
+    assert cache.num_needed <= cache.most_needed == 300 + 3 * 63
+    for slot in (first, third):
+        cache.give(slot)
+    assert cache.num_needed == 64 + 192 + 192  # kept for who begins alike
+    cache.take(65, choose=lambda free: free[0])
+    assert cache.num_needed == 128 + 192, "what nobody needs makes way"
+
+
 def test_a_slot_is_no_longer_than_the_context_or_the_cache() -> None:
     assert cache_of(max_cached_tokens=5_000).slot_length == TINY.max_position_embeddings
     assert cache_of(max_cached_tokens=100).slot_length == 100

@@ -228,7 +228,8 @@ def test_the_text_holds_every_bit(num_top: int) -> None:
 
 @pytest.mark.weights
 def test_the_real_weights_are_scored_as_transformers_does(instruct_folder: Path) -> None:
-    """In fp32 to 1e-4; by the 16-bit kernels within what their rounding makes of the scores."""
+    """In fp32 to 1e-4; by the 16-bit kernels within what their rounding makes of the scores: 0.02 in the mean, and 0.4 to
+    0.6, by level of instructions, for the one token in a thousand where it shows most."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(2)
@@ -239,10 +240,10 @@ def test_the_real_weights_are_scored_as_transformers_does(instruct_folder: Path)
     text = (Path(__file__).parents[3] / "LICENSE").read_text()
     prompts = [tokenizer.encode(text)[start : start + 300] for start in (0, 900)] + [tokenizer.encode("Tokyo is the")]
     engines = [
-        (Engine(exact_model, tokenizer, num_slots=4, max_cached_tokens=4_000, prefill_chunk=100), 1e-4),
-        (Engine(served, tokenizer, num_slots=4, max_cached_tokens=4_000, network=network.value), 0.5),
+        (Engine(exact_model, tokenizer, num_slots=4, max_cached_tokens=4_000, prefill_chunk=100), 1e-4, 1e-4),
+        (Engine(served, tokenizer, num_slots=4, max_cached_tokens=4_000, network=network.value), 0.03, 1.0),
     ]
-    for engine, limit in engines:
+    for engine, mean_limit, limit in engines:
         jobs = [job(ids, str(place), logprobs=3) for place, ids in enumerate(prompts)]
         outputs = run(engine, *jobs, job(prompts[0][:50], "stream", scores_prompt=False, max_new_tokens=30))
         for each in jobs:
@@ -250,5 +251,7 @@ def test_the_real_weights_are_scored_as_transformers_does(instruct_folder: Path)
             if limit < 0.01:
                 check(scores, exact_TV, each.prompt_ids, 3, limit)
             exact = exact_TV.gather(1, torch.tensor(each.prompt_ids[1:]).unsqueeze(1)).squeeze(1).numpy()
-            assert np.abs(scores.logprobs_T - exact).max() < limit
+            differences = np.abs(scores.logprobs_T - exact)
+            assert differences.mean() < mean_limit
+            assert differences.max() < limit
             assert abs(float((scores.logprobs_T - exact).mean())) < limit / 10
