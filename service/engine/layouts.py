@@ -73,10 +73,8 @@ class BlockedSlots:
         self.numbers = self.memory.tensor
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
-        whole, rest = divmod(num_tokens, BLOCK_LENGTH)
-        self.numbers[target, :whole] = self.numbers[source, :whole]
-        if rest:
-            self.numbers[target, whole, ..., :rest, :] = self.numbers[source, whole, ..., :rest, :]
+        num_blocks = -(-num_tokens // BLOCK_LENGTH)  # whole: some kernels mix the positions of a block
+        self.numbers[target, :num_blocks] = self.numbers[source, :num_blocks]
 
     def empty(self, slot: int, first: int, last: int) -> None:
         self.memory.empty(self.numbers[slot, -(-first // BLOCK_LENGTH) : -(-last // BLOCK_LENGTH)])

@@ -41,8 +41,8 @@ class Work:
     num_scored: int = field(init=False)
     """Tokens whose successor stands in a prompt that is to be scored."""
     num_scores: int = field(init=False)
-    """Tokens, the last of the span, whose successor's scores are wanted: `num_scored`, then the last known one and every
-    guess."""
+    """Tokens, the last of the span, whose successor's scores are wanted: `num_scored`, then the last known one and
+    every guess."""
 
     def __post_init__(self) -> None:
         sequence, end = self.sequence, self.span.end

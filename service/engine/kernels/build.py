@@ -30,7 +30,7 @@ SOURCES = Path(__file__).parent
 SHIPPED = SOURCES / "built"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
-    "-O3",
+    "-O2",
     "-std=c++17",
     "-shared",
     "-fPIC",

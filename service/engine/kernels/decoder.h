@@ -3,6 +3,7 @@
 //
 // D hidden_size, F intermediate_size, H query heads, K key-value heads, E head_dim, V vocab_size, N rows of a step.
 #pragma once
+#include <deque>
 #include "looks.h"
 #include "threads.h"
 
@@ -34,6 +35,7 @@ struct Decoder {
         const int group = shape.num_heads / shape.num_kv_heads;
         table = {queries.data(), given.num_rows, group, shape.head_dim};
         looks.plan(given, first_row_of, shape.num_kv_heads, group, members.size());
+        for (Pool& pool : pools) pool.refill();
         team->run(
             [](void* self, int thread) {
                 static_cast<Decoder*>(self)->work(thread);
@@ -60,11 +62,18 @@ struct Decoder {
     std::vector<float> shared_scales;
     std::vector<int> slot_of, position_of, first_row_of;
     std::vector<Worker> workers;
+    std::deque<Pool> pools;  // pairs of blocks of each layer's matrices, and of the head's
     QueryTable table;
     Looks looks;
 
     void reserve(int num_rows) {
-        if ((int)workers.size() != team->size()) workers = std::vector<Worker>(team->size());
+        if ((int)workers.size() != team->size()) {
+            workers = std::vector<Worker>(team->size());
+            pools.clear();
+            for (const Layer& layer : weights.layers)
+                for (const Matrix& matrix : layer.parts) pools.emplace_back(matrix.num_pairs, team->size());
+            pools.emplace_back(weights.head.num_pairs, team->size());
+        }
         if (num_rows <= capacity) return;
         capacity = (num_rows + ROWS - 1) / ROWS * ROWS;
         x.resize((int64_t)capacity * weights.x_size());
@@ -112,18 +121,28 @@ struct Decoder {
         return rows;
     }
 
-    Share pairs(const Matrix& matrix, int thread) const { return Share(matrix.num_pairs, thread, team->size()); }
-
     // Asks for the first weights that this thread will read of the next matrix, while others finish this one.
-    void announce(const Matrix& matrix, int thread) const {
-        const uint8_t* first = matrix.pair(pairs(matrix, thread).begin);
+    void announce(int matrix, int thread) const {
+        const uint8_t* first = matrix_at(matrix).pair(pools[matrix].own(thread).begin);
         for (int line = 0; line < AHEAD; line += 64) fetch(first + line);
     }
 
-    void product(int thread, const Matrix& matrix, const Rows& rows, int num_rows, std::vector<float>& out, int size,
-                 bool adds, const Matrix& next) {
-        Share share = pairs(matrix, thread);
-        multiply(matrix, rows, num_rows, share.begin, share.end, [&](int pair, int first, int count, Results& results) {
+    // As a step computes them: those of the first layer, of the second, and so on, then the head.
+    const Matrix& matrix_at(int number) const {
+        const int layer = number / NUM_PARTS;
+        return layer == shape.num_layers ? weights.head : weights.layers[layer].parts[number % NUM_PARTS];
+    }
+
+    // Hands each result to use(pair, first row, number of rows, results).
+    template <class Use>
+    void multiply_all(int thread, int matrix, const Rows& rows, int num_rows, Use use) {
+        pools[matrix].take(thread, [&](int begin, int end) {
+            multiply(matrix_at(matrix), rows, num_rows, begin, end, use);
+        });
+    }
+
+    void product(int thread, int matrix, const Rows& rows, int num_rows, std::vector<float>& out, int size, bool adds) {
+        multiply_all(thread, matrix, rows, num_rows, [&](int pair, int first, int count, Results& results) {
             for (int row = 0; row < count; row++) {
                 float* to = out.data() + (int64_t)(first + row) * size + pair * PAIR;
                 for (int output = 0; output < PAIR; output += LANES) {
@@ -132,12 +151,11 @@ struct Decoder {
                 }
             }
         });
-        announce(next, thread);
+        announce(matrix + 1, thread);
     }
 
-    void gate_and_up(int thread, const Matrix& matrix, const Rows& rows, int num_rows, const Matrix& next) {
-        Share share = pairs(matrix, thread);
-        multiply(matrix, rows, num_rows, share.begin, share.end, [&](int pair, int first, int count, Results& results) {
+    void gate_and_up(int thread, int matrix, const Rows& rows, int num_rows) {
+        multiply_all(thread, matrix, rows, num_rows, [&](int pair, int first, int count, Results& results) {
             for (int row = 0; row < count; row++) {
                 float* to = gated.data() + (int64_t)(first + row) * weights.gated_size() + pair * BLOCK;
                 for (int output = 0; output < BLOCK; output += LANES) {
@@ -147,7 +165,7 @@ struct Decoder {
                 }
             }
         });
-        announce(next, thread);
+        announce(matrix + 1, thread);
     }
 
     LayerCache cache_of(int layer) const {
@@ -159,7 +177,7 @@ struct Decoder {
     void work(int thread) {
         const int D = shape.hidden_size, N = step->num_rows;
         Share own_rows(N, thread, team->size());
-        announce(weights.layers[0].parts[QKV], thread);
+        announce(0, thread);
         for (int row = own_rows.begin; row < own_rows.end; row++) {
             float* to = x.data() + (int64_t)row * weights.x_size();
             const uint16_t* from = weights.embedding + (int64_t)step->token_ids[row] * D;
@@ -171,13 +189,12 @@ struct Decoder {
     }
 
     void compute(int number, int thread, Share own_rows) {
-        const int N = step->num_rows;
-        const bool is_last = number + 1 == shape.num_layers;
+        const int N = step->num_rows, first = number * NUM_PARTS;
         const Layer& layer = weights.layers[number];
         const Matrix* parts = layer.parts;
         const int x_size = weights.x_size(), mixed_size = weights.mixed_size();
         Rows rows = prepare(thread, parts[QKV], x, x_size, N, layer.input_norm);
-        product(thread, parts[QKV], rows, N, qkv, weights.qkv_size(), false, parts[OUT]);
+        product(thread, first + QKV, rows, N, qkv, weights.qkv_size(), false);
         team->barrier();
 
         LayerCache cache = cache_of(number);
@@ -192,14 +209,13 @@ struct Decoder {
         team->barrier();
 
         rows = prepare(thread, parts[OUT], mixed, mixed_size, N, nullptr);
-        product(thread, parts[OUT], rows, N, x, x_size, true, parts[GATE_UP]);
+        product(thread, first + OUT, rows, N, x, x_size, true);
         team->barrier();
         rows = prepare(thread, parts[GATE_UP], x, x_size, N, layer.post_norm);
-        gate_and_up(thread, parts[GATE_UP], rows, N, parts[DOWN]);
+        gate_and_up(thread, first + GATE_UP, rows, N);
         team->barrier();
         rows = prepare(thread, parts[DOWN], gated, weights.gated_size(), N, nullptr);
-        const Matrix& after = is_last ? weights.head : weights.layers[number + 1].parts[QKV];
-        product(thread, parts[DOWN], rows, N, x, x_size, true, after);
+        product(thread, first + DOWN, rows, N, x, x_size, true);
         team->barrier();
     }
 
@@ -207,8 +223,7 @@ struct Decoder {
         const int B = step->num_wanted;
         const Matrix& head = weights.head;
         Rows rows = prepare(thread, head, x, weights.x_size(), B, weights.last_norm, step->wanted);
-        Share share = pairs(head, thread);
-        multiply(head, rows, B, share.begin, share.end, [&](int pair, int first, int count, Results& results) {
+        multiply_all(thread, shape.num_layers * NUM_PARTS, rows, B, [&](int pair, int first, int count, Results& results) {
             for (int row = 0; row < count; row++) {
                 float* to = step->logits + (int64_t)(first + row) * head.num_outputs() + pair * PAIR;
                 memcpy(to, results[row], sizeof(results[row]));

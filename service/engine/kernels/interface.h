@@ -20,7 +20,7 @@ struct Step {
     const int* token_ids;      // [num_rows]
     const Span* spans;         // their counts sum to num_rows
     const int* wanted;         // [num_wanted] rows of which scores are asked
-    uint16_t* cache;           // [slot][block][layer][keys, values][head][position of the block][head_dim]
+    uint16_t* cache;           // [slot][block][layer][keys, values][head][64 positions of head_dim]: see looking.h
     int blocks_per_slot;
     float* logits;             // [num_wanted][padded vocabulary]
 };

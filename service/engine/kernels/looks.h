@@ -56,10 +56,7 @@ class Looks {
             int row = look.first_row + (look.first + i) / group, head = look.head * group + (look.first + i) % group;
             out[i] = mixed + (int64_t)row * mixed_size + head * E;
         }
-        if (HAS_TILED_ATTENTION && E == 64)
-            attend_tiled(cache, q, scratch, out);
-        else
-            attend(cache, q, scratch, out);
+        attend(cache, q, scratch, out);
     }
 
     std::vector<Look> looks_;

@@ -5,6 +5,7 @@
 // two blocks of 16 outputs alternate, so that a thread reads one long stream: matrix[pair][k tile][block of the pair].
 #pragma once
 #include <cmath>
+#include <utility>
 #include "vectors.h"
 
 namespace smollm {
@@ -14,6 +15,29 @@ constexpr int PAIR = 2 * BLOCK;  // outputs that are computed together
 constexpr int GROUPS = 16;       // 4-byte groups of inputs in a tile
 constexpr int TILE = 1024;       // bytes
 constexpr int ROWS = 32;         // rows that are computed together, at most
+
+constexpr int AHEAD = 2048;      // bytes by which weights are asked for before they are needed
+
+// Whether the machine multiplies bf16, and int8, as such; else inputs are floats, and whole numbers of 16 bits.
+#if defined(__AMX_TILE__) || defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define HAS_BF16_PRODUCTS 1
+#else
+#define HAS_BF16_PRODUCTS 0
+#endif
+#if defined(__AMX_TILE__) || defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+#define HAS_INT8_PRODUCTS 1
+#else
+#define HAS_INT8_PRODUCTS 0
+#endif
+
+// out[row][0..31] for some rows and one pair of blocks.
+typedef float Results[ROWS][PAIR];
+
+inline void fetch(const uint8_t* address) { __builtin_prefetch(address, 0, 3); }
+
+inline void fetch_ahead(const uint8_t* tile) {
+    for (int line = 0; line < TILE; line += 64) fetch(tile + AHEAD + line);
+}
 
 enum Kind { FP32, BF16, FP16 };
 
@@ -84,19 +108,28 @@ struct Matrix {
     template <class Numbers>
     void set_groups(uint8_t* block, int k, Numbers numbers) const {
         uint8_t* group = block + k / inputs_of_tile() * 2 * TILE + k % inputs_of_tile() * 64 / (is_int8 ? 4 : 2);
-        for (size_t i = 0; i < sizeof numbers / 4; i++) memcpy(group + i * 64, (const uint8_t*)&numbers + i * 4, 4);
+        for (size_t i = 0; i < sizeof numbers / 4; i++) {
+            uint8_t four[4];
+            memcpy(four, (const uint8_t*)&numbers + i * 4, 4);
+            if (is_int8 && !HAS_INT8_PRODUCTS) std::swap(four[1], four[2]);  // taken apart, 1 and 3 come first
+            memcpy(group + i * 64, four, 4);
+        }
     }
 };
 
-// Rows of inputs as a product takes them. In bf16: the numbers. In int8: each row's numbers as 15-bit whole numbers,
-// scale * (128 * high + low): first all `high`, then all `low`, each int8, so that only the weights are coarse.
+// Rows of inputs as a product takes them. With bf16 weights: the numbers, in bf16 where the machine multiplies that. With
+// int8 weights each row's numbers are 15-bit whole numbers, so that only the weights are coarse: one after the other in
+// 16 bits, or, where the machine multiplies int8, as 128 * high + low: first all `high`, then all `low`.
 struct Rows {
     uint8_t* data = nullptr;
-    float* scales = nullptr;
-    int64_t stride = 0;  // bytes from row to row; in int8 half of them to `low`
+    float* scales = nullptr;  // of whole numbers
+    int64_t stride = 0;       // bytes from row to row
 
     // Not a power of two, which would give all rows the same few places in the cache.
-    static int64_t stride_of(const Matrix& matrix) { return (matrix.num_k_tiles * 64 + 64) * (matrix.is_int8 ? 2 : 1); }
+    static int64_t stride_of(const Matrix& matrix) {
+        const bool takes_twice = matrix.is_int8 || !HAS_BF16_PRODUCTS;
+        return (matrix.num_k_tiles * 64 + 64) * (takes_twice ? 2 : 1);
+    }
     const uint8_t* row(int number) const { return data + number * stride; }
 };
 
@@ -110,7 +143,9 @@ inline void prepare_row(const Matrix& matrix, const Rows& rows, int row, const f
     };
     uint8_t* to = rows.data + row * rows.stride;
     if (!matrix.is_int8) {
-        for (int k = 0; k < padded; k += LANES) store(to + 2 * k, k < size ? to_bf16(number(k)) : Halves{});
+        for (int k = 0; k < padded; k += LANES)
+            if constexpr (HAS_BF16_PRODUCTS) store(to + 2 * k, k < size ? to_bf16(number(k)) : Halves{});
+            else store(to + 4 * k, k < size ? number(k) : Floats{});
         return;
     }
     Floats most = {};
@@ -123,15 +158,14 @@ inline void prepare_row(const Matrix& matrix, const Rows& rows, int row, const f
     float per_unit = largest > 0 ? RANGE / largest : 0;
     rows.scales[row] = largest / RANGE;
     for (int k = 0; k < padded; k += LANES) {
-        Bytes high = {}, low = {};
-        if (k < size) {
-            Ints whole = rounded(number(k) * per_unit);
-            Ints upper = (whole + 64) >> 7;
-            high = __builtin_convertvector(upper, Bytes);
-            low = __builtin_convertvector(whole - (upper << 7), Bytes);
+        const Ints whole = k < size ? rounded(number(k) * per_unit) : Ints{};
+        if constexpr (HAS_INT8_PRODUCTS) {
+            const Ints upper = (whole + 64) >> 7;
+            store(to + k, __builtin_convertvector(upper, Bytes));
+            store(to + rows.stride / 2 + k, __builtin_convertvector(whole - (upper << 7), Bytes));
+        } else {
+            store(to + 2 * k, __builtin_convertvector(whole, Halves));
         }
-        store(to + k, high);
-        store(to + rows.stride / 2 + k, low);
     }
 }
 

@@ -2,6 +2,7 @@
 // Su et al. 2021, arXiv 2104.09864, eq. 34: the halves of a head turn together.
 #pragma once
 #include "attention.h"
+#include "products.h"
 #include "weights.h"
 
 namespace smollm {
@@ -50,8 +51,16 @@ inline void rotate(const Weights& weights, const float* numbers, int row, int sl
     for (int head = 0; head < shape.num_heads; head++)
         turn(numbers + head * E, scale, queries.at(head / group, row, head % group));
     numbers += weights.mixed_size();
-    for (int head = 0; head < shape.num_kv_heads; head++)
-        turn(numbers + head * E, 1.0f, cache.keys + cache.place(slot, head, position));
+    for (int head = 0; head < shape.num_kv_heads; head++) {
+        if (is_tiled(E)) {
+            turn(numbers + head * E, 1.0f, cache.keys + cache.place(slot, head, position));
+            continue;
+        }
+        uint16_t key[MOST_HEAD_DIM];
+        turn(numbers + head * E, 1.0f, key);
+        uint16_t* to = cache.keys + cache.place_aside(slot, head, position);
+        for (int e = 0; e < E; e++) to[e * LayerCache::SIDE_BY_SIDE] = key[e];
+    }
     numbers += shape.num_kv_heads * E;
     for (int head = 0; head < shape.num_kv_heads; head++) {
         uint16_t* to = cache.values + cache.place(slot, head, position);
@@ -66,11 +75,11 @@ inline void rotate(const Weights& weights, const float* numbers, int row, int sl
 // Asks for the memory into which a row's keys and values will be written.
 inline void fetch_places(const LayerCache& cache, int slot, int position) {
     for (int head = 0; head < cache.num_heads; head++) {
-        const int64_t place = cache.place(slot, head, position);
-        for (int e = 0; e < cache.head_dim; e += 32) {
-            __builtin_prefetch(cache.keys + place + e, 1);
-            __builtin_prefetch(cache.values + place + e, 1);
-        }
+        const int64_t place = cache.place(slot, head, position), aside = cache.place_aside(slot, head, position);
+        const bool is_one_piece = is_tiled(cache.head_dim);
+        for (int e = 0; e < cache.head_dim; e += 32) __builtin_prefetch(cache.values + place + e, 1);
+        for (int e = 0; e < cache.head_dim; e += is_one_piece ? 32 : 2)
+            __builtin_prefetch(cache.keys + (is_one_piece ? place + e : aside + e * LayerCache::SIDE_BY_SIDE), 1);
     }
 }
 

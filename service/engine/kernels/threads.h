@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
+#include <algorithm>
 #include <atomic>
 #include <vector>
 #if defined(__linux__)
@@ -138,6 +139,32 @@ struct Share {
     Share(int count, int thread, int num_threads)
         : begin((int)((int64_t)count * thread / num_threads)),
           end((int)((int64_t)count * (thread + 1) / num_threads)) {}
+};
+
+// Items for threads that need not be equally fast: cores of two kinds, or one with a neighbour. Half of its share is
+// every thread's own, in one piece; the rest is taken in small ones by whoever is free.
+class Pool {
+   public:
+    Pool(int count, int num_threads) : count_(count), num_threads_(num_threads) {}
+
+    // Anew, by one thread, while no other takes.
+    void refill() { next_.store(0, std::memory_order_relaxed); }
+
+    Share own(int thread) const { return Share(num_threads_ == 1 ? count_ : count_ / 2, thread, num_threads_); }
+
+    // Calls use(begin, end) until all items are taken.
+    template <class Use>
+    void take(int thread, Use use) {
+        const Share mine = own(thread);
+        use(mine.begin, mine.end);
+        const int first = own(num_threads_ - 1).end, some = std::max(1, count_ / (16 * num_threads_));
+        for (int begin; (begin = first + next_.fetch_add(some, std::memory_order_relaxed)) < count_;)
+            use(begin, std::min(begin + some, count_));
+    }
+
+   private:
+    const int count_, num_threads_;
+    alignas(64) std::atomic<int> next_{0};
 };
 
 }  // namespace smollm

@@ -228,8 +228,8 @@ def test_the_text_holds_every_bit(num_top: int) -> None:
 
 @pytest.mark.weights
 def test_the_real_weights_are_scored_as_transformers_does(instruct_folder: Path) -> None:
-    """In fp32 to 1e-4; by the 16-bit kernels within what their rounding makes of the scores: 0.02 in the mean, and 0.4 to
-    0.6, by level of instructions, for the one token in a thousand where it shows most."""
+    """In fp32 to 1e-4; by the 16-bit kernels within what their rounding makes of the scores: 0.02 in the mean, up
+    to 0.6 for the one token in a thousand where it shows most."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(2)
