@@ -8,7 +8,7 @@ may hold, since a job takes no more tokens than were reserved for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +40,7 @@ class Pending:
     logprobs: list[dict[str, Any]] | None = None
     prompt_scores: str | None = None
     finish: Finish | None = None
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def can_go(self) -> bool:

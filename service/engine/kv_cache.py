@@ -127,7 +127,7 @@ class KVCache:
         return self.max_cached_tokens + self.num_slots * (self.layout.block_length - 1)
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
-        """Give one slot the first keys and values of another."""
+        """Give one slot the first keys and values of another; what stood behind them in the last block is lost."""
         self.layout.copy(source, target, num_tokens)
 
     def give(self, slot: int) -> None:

@@ -15,7 +15,7 @@ from service.engine.slot_memory import SlotMemory
 from shared.config import ModelConfig
 
 BLOCK_LENGTH = 64
-"""Positions of a block; `attention.h` knows it too. At 135M a block takes 1.4 MiB: about a huge page."""
+"""Positions of a block; `cache_and_queries.h` knows it too. At 135M a block takes 1.4 MiB: about a huge page."""
 
 
 class Layout(Protocol):
@@ -26,7 +26,7 @@ class Layout(Protocol):
     """Positions that are taken and given back together."""
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
-        """Give one slot the first keys and values of another."""
+        """Give one slot the first keys and values of another; behind them, up to the end of a block, anything."""
 
     def empty(self, slot: int, first: int, last: int) -> None:
         """Return to the system what positions [first, last) of a slot hold, as far as it lies by itself."""
@@ -57,6 +57,8 @@ class WholeSlots:
 
 class BlockedSlots:
     """(R, C, L, 2, K, B, E): all that belongs to 64 tokens lies together, so huge pages hold nothing else.
+
+    How keys lie in a block is the kernels' own affair: not every level has one position after the other.
 
     In `WholeSlots` a step of 32 sequences touches 17,000 small pages, and waits for the processor to find each.
     """

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from service.engine.kernels.build import KernelsUnavailable, usable_levels
-from service.engine.kernels.decoder import CompiledDecoder, knows_shape
+from service.engine.kernels.decoder import CompiledDecoder, unknown_shape
 from service.engine.kernels.library import Library, load_library
 from service.engine.network import Network, TorchNetwork
 from service.engine.packing import can_pack, pack_linears
@@ -109,6 +109,6 @@ def library_for(
         raise KernelsUnavailable(f"the kernels are for CPUs, not {device.type}")
     if dtype != torch.bfloat16 and weights != "int8":
         raise KernelsUnavailable(f"the kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}")
-    if not knows_shape(config):
-        raise KernelsUnavailable(f"the kernels know heads of up to 256 numbers, not {config.head_dim}")
+    if (reason := unknown_shape(config)) is not None:
+        raise KernelsUnavailable(reason)
     return load_allowed(kernels)

@@ -112,7 +112,8 @@ class Scheduler:
     def plan(self) -> list[Work]:
         """Return the next step's work: single tokens first, ordered by slot, then pieces of prompts."""
         self.start_waiting()
-        decoding, prefilling = [], []
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
         for one in self.running:
             # One that waited may copy all but its last token here, and decodes then.
             if one.num_missing > 1 and self.waits_for_another(one):

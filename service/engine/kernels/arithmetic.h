@@ -1,9 +1,19 @@
-// How weights and inputs are multiplied and summed, by what the machine has. Each of these takes one group of inputs of
-// one row, 2 in bf16 and 4 in int8, times the same group's weights for LANES outputs.
+// How weights and inputs are multiplied and summed, by what the machine has: a group of one row's inputs, 2 in bf16 and 4
+// in int8, times the same group's weights for LANES outputs. Of each arithmetic:
+//   STEPS        how many steps a group takes, each with some of its inputs
+//   PLANES       sums of a row side by side
+//   MOST_TILES   tiles along the inputs after which sums become floats, as they would no longer fit
+//   take_apart   one step's weights, from a group's
+//   input        one step's inputs of a row and plane, for all lanes
+//   add          adds their products to a sum
+//   floats       the sums of all planes, as one vector of floats
+//   scaled       a row's results, from its floats
 #pragma once
-#include "matrix.h"
+#include "rows.h"
 
 namespace smollm {
+
+constexpr int NO_LIMIT = 1 << 20;
 
 // The 32 bits of a row that stand at a place, for all lanes.
 inline Words words_at(const uint8_t* row, int place) {
@@ -17,7 +27,7 @@ inline Words words_at(const uint8_t* row, int place) {
 struct Arithmetic16 {
     using Sums = Floats;
     using Weights = Words;
-    static constexpr int PLANES = 1, STEPS = 1, MOST_TILES = 1 << 20;
+    static constexpr int PLANES = 1, STEPS = 1, MOST_TILES = NO_LIMIT;
 
     static Weights take_apart(Words weights, int) { return weights; }
 
@@ -33,7 +43,8 @@ struct Arithmetic16 {
 #endif
     }
 
-    static Floats total(const Sums* totals, const Matrix&, int, const Rows&, int) { return totals[0]; }
+    static Floats floats(const Sums* planes, const Matrix&, int) { return planes[0]; }
+    static Floats scaled(Floats result, const Matrix&, int, const Rows&, int) { return result; }
 };
 
 #else
@@ -42,19 +53,20 @@ struct Arithmetic16 {
 struct Arithmetic16 {
     using Sums = Floats;
     using Weights = Floats;
-    static constexpr int PLANES = 1, STEPS = 2, MOST_TILES = 1 << 20;
+    static constexpr int PLANES = 1, STEPS = 2, MOST_TILES = NO_LIMIT;
 
     static Weights take_apart(Words weights, int step) {
         return (Floats)(step == 0 ? weights << 16 : weights & 0xffff0000u);
     }
 
-    static float input(const Rows& rows, int row, int, int k, int group, int step) {
-        return ((const float*)rows.row(row))[(k * GROUPS + group) * 2 + step];
+    static Floats input(const Rows& rows, int row, int, int k, int group, int step) {
+        return splat(((const float*)rows.row(row))[(k * GROUPS + group) * 2 + step]);
     }
 
-    static void add(Sums& total, Weights weights, float input) { total += weights * input; }
+    static void add(Sums& total, Weights weights, Floats input) { total = multiply_add(weights, input, total); }
 
-    static Floats total(const Sums* totals, const Matrix&, int, const Rows&, int) { return totals[0]; }
+    static Floats floats(const Sums* planes, const Matrix&, int) { return planes[0]; }
+    static Floats scaled(Floats result, const Matrix&, int, const Rows&, int) { return result; }
 };
 
 #endif
@@ -65,7 +77,7 @@ struct Arithmetic16 {
 struct Arithmetic8 {
     using Sums = Ints;
     using Weights = Words;
-    static constexpr int PLANES = 2, STEPS = 1, MOST_TILES = 1 << 20;
+    static constexpr int PLANES = 2, STEPS = 1, MOST_TILES = NO_LIMIT;
 
     static Weights take_apart(Words weights, int) { return weights; }
 
@@ -82,15 +94,20 @@ struct Arithmetic8 {
 #endif
     }
 
-    static Floats total(const Sums* totals, const Matrix& matrix, int output, const Rows& rows, int row) {
+    static Floats floats(const Sums* planes, const Matrix& matrix, int output) {
         auto whole = [&](Ints total) {
 #if defined(__AVX512VNNI__)
             total -= load<Ints>(matrix.sums + output) * 128;
+#else
+            (void)matrix, (void)output;
 #endif
             return __builtin_convertvector(total, Floats);
         };
-        const Floats scale = load<Floats>(matrix.scales + output) * rows.scales[row];
-        return (whole(totals[0]) * 128.0f + whole(totals[1])) * scale;
+        return whole(planes[0]) * 128.0f + whole(planes[1]);  // times a power of 2: exact, fused or not
+    }
+
+    static Floats scaled(Floats result, const Matrix& matrix, int output, const Rows& rows, int row) {
+        return result * (load<Floats>(matrix.scales + output) * rows.scales[row]);
     }
 };
 
@@ -131,9 +148,10 @@ struct Arithmetic8 {
 
     static void add(Sums& total, Weights weights, Words input) { total += products(weights, input); }
 
-    static Floats total(const Sums* totals, const Matrix& matrix, int output, const Rows& rows, int row) {
-        const Floats scale = load<Floats>(matrix.scales + output) * rows.scales[row];
-        return __builtin_convertvector(totals[0], Floats) * scale;
+    static Floats floats(const Sums* planes, const Matrix&, int) { return __builtin_convertvector(planes[0], Floats); }
+
+    static Floats scaled(Floats result, const Matrix& matrix, int output, const Rows& rows, int row) {
+        return result * (load<Floats>(matrix.scales + output) * rows.scales[row]);
     }
 };
 

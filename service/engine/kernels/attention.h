@@ -8,12 +8,20 @@
 
 namespace smollm {
 
+// What one thread needs.
+struct Scratch {
+    RegisterScratch registers;
+#if defined(__AMX_TILE__)
+    TileScratch tiles;
+#endif
+};
+
 // out[i] is where query i's weighted values go.
 inline void attend(const LayerCache& cache, const Queries& queries, Scratch& scratch, float* const* out) {
 #if defined(__AMX_TILE__)
-    if (is_tiled(cache.head_dim)) return attend_tiled(cache, queries, scratch, out);
+    if (is_tiled(cache.head_dim)) return attend_tiled(cache, queries, scratch.tiles, out);
 #endif
-    attend_in_registers(cache, queries, scratch, out);
+    attend_in_registers(cache, queries, scratch.registers, out);
 }
 
 }  // namespace smollm

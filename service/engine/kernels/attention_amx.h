@@ -1,9 +1,22 @@
 // Attention in AMX's tiles, for heads of 64 numbers.
 #pragma once
-#include "looking.h"
+#include <vector>
+#include "cache_and_queries.h"
 #include "products.h"
 
 namespace smollm {
+
+// What one thread needs; grows with the longest sequence seen.
+struct TileScratch {
+    std::vector<float> scores;
+    std::vector<uint16_t> weights;
+    alignas(64) float totals[Queries::MOST];
+    alignas(64) float mixed[Queries::MOST][TILED_HEAD_DIM];
+    alignas(64) uint8_t query_tiles[Queries::MOST / BLOCK][2][TILE];
+    alignas(64) uint8_t value_tiles[8][4][TILE];
+    alignas(64) uint8_t tail[32 * TILED_HEAD_DIM * 2];
+    alignas(64) float block[BLOCK][BLOCK];
+};
 
 // Row i of `to` becomes column i of `from`, as 16 x 16 words of 4 bytes.
 inline void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
@@ -53,7 +66,7 @@ inline void fetch_positions(const uint16_t* numbers, int first, int count, int e
 }
 
 // 32 positions' values as four tiles. Interleaving within 128-bit lanes leaves the columns of two tiles mixed:
-// 4 of one, 4 of the other. `mixed_columns` undoes it.
+// 4 of one, 4 of the other. `unmix_columns` undoes it.
 inline void interleave_values(const uint8_t* values, uint8_t (*tiles)[TILE]) {
     for (int p = 0; p < 32; p += 2)
         for (int half = 0; half < 2; half++) {
@@ -75,9 +88,9 @@ inline void unmix_columns(const float* mixed, float factor, float* out) {
     }
 }
 
-// out[i] is where query i's weighted values go. head_dim is 64.
-inline void attend_tiled(const LayerCache& cache, const Queries& queries, Scratch& scratch, float* const* out) {
-    constexpr int E = 64;
+// out[i] is where query i's weighted values go. head_dim is TILED_HEAD_DIM.
+inline void attend_tiled(const LayerCache& cache, const Queries& queries, TileScratch& scratch, float* const* out) {
+    constexpr int E = TILED_HEAD_DIM;
     const int last = queries.last(), padded = (last + 31) / 32 * 32;
     const int num_tiles = (queries.count + BLOCK - 1) / BLOCK;
     auto place = [&](int p) { return cache.place(queries.slot, queries.head, p); };

@@ -1,7 +1,7 @@
 // Attention with sums in registers: several queries at a time, so that a key or value is fetched and widened once for all.
 #pragma once
 #include <algorithm>
-#include "looking.h"
+#include "cache_and_queries.h"
 #include "registers.h"
 
 namespace smollm {
@@ -13,8 +13,13 @@ inline Floats load_bf16(const uint16_t* from, int count) {
     return from_bf16(halves);
 }
 
-constexpr int WIDE = 4;                          // registers side by side
-constexpr int MOST_QUERIES = MOST_SUMS / WIDE;
+constexpr int WIDE = 4;                              // registers side by side
+constexpr int QUERIES_TOGETHER = MOST_SUMS / WIDE;   // at most
+
+// What one thread needs; grows with the longest sequence seen.
+struct RegisterScratch {
+    std::vector<float> scores, queries;
+};
 
 // Scores of COUNT queries, [COUNT][row], for VECTORS registers of positions from p on.
 template <int COUNT, int VECTORS>
@@ -33,16 +38,16 @@ inline void score_some(const LayerCache& cache, const Queries& queries, const fl
 #pragma GCC unroll 6
         for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) sums[i][v] += some[v] * numbers[i * E + e];
+            for (int v = 0; v < VECTORS; v++) sums[i][v] = multiply_add(some[v], splat(numbers[i * E + e]), sums[i][v]);
     }
     for (int i = 0; i < COUNT; i++)
         for (int v = 0; v < VECTORS; v++) store(scores + i * row + p + v * LANES, sums[i][v]);
 }
 
-// Values weighted for COUNT queries, VECTORS registers of a head's numbers from e on; `count` of the last are wanted.
+// Values weighted for COUNT queries, VECTORS registers of a head's numbers from e on; of a single one only `wanted`.
 template <int COUNT, int VECTORS>
 inline void mix_some(const LayerCache& cache, const Queries& queries, const float* weights, int row, int last, int e,
-                     int count, const float* factors, float* const* out) {
+                     int wanted, const float* factors, float* const* out) {
     Floats sums[COUNT][VECTORS] = {};
     for (int block = 0; block < last; block += BLOCK_LENGTH) {
         const uint16_t* values = cache.values + cache.place(queries.slot, queries.head, block) + e;
@@ -51,24 +56,25 @@ inline void mix_some(const LayerCache& cache, const Queries& queries, const floa
             Floats some[VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++)
-                some[v] = VECTORS > 1 ? from_bf16(load<Halves>(values + v * LANES)) : load_bf16(values, count);
+                some[v] = VECTORS > 1 ? from_bf16(load<Halves>(values + v * LANES)) : load_bf16(values, wanted);
 #pragma GCC unroll 6
             for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++) sums[i][v] += some[v] * weights[i * row + block + p];
+                for (int v = 0; v < VECTORS; v++)
+                    sums[i][v] = multiply_add(some[v], splat(weights[i * row + block + p]), sums[i][v]);
         }
     }
     for (int i = 0; i < COUNT; i++)
-        for (int v = 0; v < VECTORS; v++) store_some(out[i] + e + v * LANES, sums[i][v] * factors[i], count);
+        for (int v = 0; v < VECTORS; v++) store_some(out[i] + e + v * LANES, sums[i][v] * factors[i], wanted);
 }
 
 template <int COUNT>
-inline void attend_some(const LayerCache& cache, const Queries& queries, int first, Scratch& scratch, float* const* out) {
+inline void attend_some(const LayerCache& cache, const Queries& queries, int first, RegisterScratch& scratch, float* const* out) {
     const int E = cache.head_dim, last = queries.end(first + COUNT - 1);
     const int padded = (last + BLOCK_LENGTH - 1) / BLOCK_LENGTH * BLOCK_LENGTH;
     const int row = padded + 32;  // not a power of two: rows would share cache lines' places
-    if ((int)scratch.scores.size() < MOST_QUERIES * row) scratch.scores.resize(MOST_QUERIES * row);
-    if ((int)scratch.queries.size() < MOST_QUERIES * E) scratch.queries.resize(MOST_QUERIES * E);
+    if ((int)scratch.scores.size() < QUERIES_TOGETHER * row) scratch.scores.resize(QUERIES_TOGETHER * row);
+    if ((int)scratch.queries.size() < QUERIES_TOGETHER * E) scratch.queries.resize(QUERIES_TOGETHER * E);
     float *scores = scratch.scores.data(), *numbers = scratch.queries.data();
     for (int k = 0; k < COUNT * E; k++) numbers[k] = from_bf16(queries.numbers[first * E + k]);
 
@@ -89,8 +95,8 @@ inline void attend_some(const LayerCache& cache, const Queries& queries, int fir
 }
 
 // out[i] is where query i's weighted values go.
-inline void attend_in_registers(const LayerCache& cache, const Queries& queries, Scratch& scratch, float* const* out) {
-    in_equal_parts<MOST_QUERIES>(queries.count, [&](int first, auto number) {
+inline void attend_in_registers(const LayerCache& cache, const Queries& queries, RegisterScratch& scratch, float* const* out) {
+    in_equal_parts<QUERIES_TOGETHER>(queries.count, [&](int first, auto number) {
         attend_some<decltype(number)::value>(cache, queries, first, scratch, out + first);
     });
 }

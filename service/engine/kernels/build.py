@@ -57,8 +57,8 @@ class Level:
     options: tuple[str, ...]
 
 
-def x86(name: str, needs: str, options: str) -> Level:
-    return Level(name, frozenset(needs.split()), tuple(f"-m{option}" for option in options.split()))
+def x86(name: str, needs: str, options: str, *more: str) -> Level:
+    return Level(name, frozenset(needs.split()), (*(f"-m{option}" for option in options.split()), *more))
 
 
 def arm(name: str, needs: str, options: str) -> Level:
@@ -74,6 +74,7 @@ LEVELS = {
             "amx",
             f"{AVX512} avx512_vnni avx512_bf16 amx_tile amx_bf16 amx_int8",
             f"fma {AVX512} avx512vnni avx512bf16 amx-tile amx-bf16 amx-int8 tune=sapphirerapids",
+            "-O3",  # its transposes are loops that GCC 12 keeps in registers only so
         ),
         x86("avx512_bf16", f"{AVX512} avx512_vnni avx512_bf16", f"fma {AVX512} avx512vnni avx512bf16"),
         x86("avx512", AVX512, f"fma {AVX512}"),

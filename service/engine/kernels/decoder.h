@@ -1,5 +1,5 @@
 // One step of the whole network: embedding, layers, last norm, head; for the new tokens of any number of sequences. The
-// residual stream is fp32; weights are bf16 or int8; keys, values and the inputs of products are bf16.
+// residual stream is fp32; weights are bf16 or int8; keys and values are bf16; inputs of products: see rows.h.
 //
 // D hidden_size, F intermediate_size, H query heads, K key-value heads, E head_dim, V vocab_size, N rows of a step.
 #pragma once
@@ -62,7 +62,7 @@ struct Decoder {
     std::vector<float> shared_scales;
     std::vector<int> slot_of, position_of, first_row_of;
     std::vector<Worker> workers;
-    std::deque<Pool> pools;  // pairs of blocks of each layer's matrices, and of the head's
+    std::deque<Pool> pools;  // pairs of blocks of each layer's matrices, and of the head's; a pool cannot move
     QueryTable table;
     Looks looks;
 
@@ -107,8 +107,8 @@ struct Decoder {
         Worker& own = workers[thread];
         if (num_rows <= FEW_ROWS) {
             if (own.scales.empty()) {
-                own.rows.resize(ROWS * weights.widest_row() + 64);
-                own.scales.resize(ROWS);
+                own.rows.resize(FEW_ROWS * weights.widest_row() + 64);
+                own.scales.resize(FEW_ROWS);
             }
             Rows rows = rows_in(own.rows, own.scales, matrix);
             for (int row = 0; row < num_rows; row++) one(rows, row);

@@ -21,12 +21,19 @@ from shared.sampling import SamplingParams
 QKV, OUT, GATE_UP, DOWN, HEAD = range(5)
 INPUT_NORM, POST_NORM, LAST_NORM = range(3)
 LONGEST_HEAD_DIM = 256
+LARGEST_GROUP = 64
+"""`Queries::MOST`."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def knows_shape(config: ModelConfig) -> bool:
-    """Whether the kernels can compute such a network."""
-    return config.head_dim <= LONGEST_HEAD_DIM
+def unknown_shape(config: ModelConfig) -> str | None:
+    """Say what of such a network the kernels cannot compute; None where they can."""
+    if config.head_dim > LONGEST_HEAD_DIM:
+        return f"the kernels know heads of up to {LONGEST_HEAD_DIM} numbers, not {config.head_dim}"
+    group = config.num_attention_heads // config.num_key_value_heads
+    if group > LARGEST_GROUP:
+        return f"in the kernels up to {LARGEST_GROUP} query heads share one for keys and values, not {group}"
+    return None
 
 
 class CompiledDecoder:

@@ -15,8 +15,8 @@ namespace smollm {
 // use(pair, first row, number of rows, results).
 template <class Use>
 inline void multiply(const Matrix& matrix, const Rows& rows, int num_rows, int begin, int end, Use use) {
-    const int step = matrix.is_int8 ? BLOCK : ROWS;
-    // With many rows weights are read again for every 32: from the cache, if no more than this is taken at a time.
+    const int step = most_rows_of_product(matrix);
+    // With many rows weights are read again for every `step`: from the cache, if no more than this is taken at a time.
     constexpr int64_t CACHED = 384 * 1024;
     const int group = num_rows <= step ? end - begin : (int)(CACHED / matrix.pair_bytes() + 1);
     alignas(64) Results results;

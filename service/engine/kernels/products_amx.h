@@ -1,8 +1,11 @@
 // Products in AMX's tiles: 16 rows by 16 outputs in one instruction.
 #pragma once
-#include "matrix.h"
+#include "rows.h"
 
 namespace smollm {
+
+// In int8 every row is two of a tile's.
+inline int most_rows_of_product(const Matrix& matrix) { return matrix.is_int8 ? BLOCK : ROWS; }
 
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};

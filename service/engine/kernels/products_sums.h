@@ -8,6 +8,8 @@ namespace smollm {
 
 inline void release_tiles() {}
 
+inline int most_rows_of_product(const Matrix&) { return ROWS; }
+
 constexpr int PARTS = PAIR / LANES;  // registers for one row's sums
 constexpr int FEWEST_PARTS = 2;      // that are summed together: an input is fetched once for all of them
 
@@ -54,8 +56,10 @@ inline void multiply_some(const Matrix& matrix, const Rows& rows, int first, int
                     const int output = (left + part) * LANES;
                     Sums planes[PLANES];
                     for (int plane = 0; plane < PLANES; plane++) planes[plane] = totals[row][plane][part];
-                    Floats result = Arithmetic::total(planes, matrix, pair * PAIR + output, rows, first + row);
+                    Floats result = Arithmetic::floats(planes, matrix, pair * PAIR + output);
                     if (begin) result += load<Floats>(&out[row][output]);
+                    if (end == matrix.num_k_tiles)
+                        result = Arithmetic::scaled(result, matrix, pair * PAIR + output, rows, first + row);
                     store(&out[row][output], result);
                 }
         }

@@ -56,7 +56,7 @@ inline void rotate(const Weights& weights, const float* numbers, int row, int sl
             turn(numbers + head * E, 1.0f, cache.keys + cache.place(slot, head, position));
             continue;
         }
-        uint16_t key[MOST_HEAD_DIM];
+        uint16_t key[LONGEST_HEAD_DIM];
         turn(numbers + head * E, 1.0f, key);
         uint16_t* to = cache.keys + cache.place_aside(slot, head, position);
         for (int e = 0; e < E; e++) to[e * LayerCache::SIDE_BY_SIDE] = key[e];
@@ -75,11 +75,14 @@ inline void rotate(const Weights& weights, const float* numbers, int row, int sl
 // Asks for the memory into which a row's keys and values will be written.
 inline void fetch_places(const LayerCache& cache, int slot, int position) {
     for (int head = 0; head < cache.num_heads; head++) {
-        const int64_t place = cache.place(slot, head, position), aside = cache.place_aside(slot, head, position);
-        const bool is_one_piece = is_tiled(cache.head_dim);
+        const int64_t place = cache.place(slot, head, position);
         for (int e = 0; e < cache.head_dim; e += 32) __builtin_prefetch(cache.values + place + e, 1);
-        for (int e = 0; e < cache.head_dim; e += is_one_piece ? 32 : 2)
-            __builtin_prefetch(cache.keys + (is_one_piece ? place + e : aside + e * LayerCache::SIDE_BY_SIDE), 1);
+        if (is_tiled(cache.head_dim)) {
+            for (int e = 0; e < cache.head_dim; e += 32) __builtin_prefetch(cache.keys + place + e, 1);
+        } else {
+            const uint16_t* key = cache.keys + cache.place_aside(slot, head, position);
+            for (int e = 0; e < cache.head_dim; e += 2) __builtin_prefetch(key + e * LayerCache::SIDE_BY_SIDE, 1);
+        }
     }
 }
 

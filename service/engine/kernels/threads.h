@@ -142,7 +142,8 @@ struct Share {
 };
 
 // Items for threads that need not be equally fast: cores of two kinds, or one with a neighbour. Half of its share is
-// every thread's own, in one piece; the rest is taken in small ones by whoever is free.
+// every thread's own, in one piece; the rest is taken in small ones by whoever is free. Who computes an item changes
+// nothing of it.
 class Pool {
    public:
     Pool(int count, int num_threads) : count_(count), num_threads_(num_threads) {}

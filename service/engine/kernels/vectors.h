@@ -40,6 +40,19 @@ inline void store(void* to, const Vector& vector) {
 
 inline Floats splat(float value) { return value - Floats{}; }
 inline Floats as_floats(Words bits) { return (Floats)bits; }
+// a * b + c, rounded once where the machine can: left to the compiler, it might differ between two copies of one loop.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return vfmaq_f32(c, a, b);
+#else
+    return a * b + c;
+#endif
+}
+
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 

@@ -42,6 +42,17 @@ WIDE = ModelConfig(
 )
 """Heads of 64 numbers, as SmolLM2's, for the tiled attention; sizes that fill no tile."""
 
+LONG = ModelConfig(
+    vocab_size=300,
+    hidden_size=480,
+    intermediate_size=1300,
+    num_hidden_layers=1,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
+"""More inputs than 32 bits hold sums of, heads of 80 numbers: some registers full and a last one not."""
+
 pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in build.COMPILERS), reason="there is no C++ compiler here"
 )
@@ -85,7 +96,7 @@ def test_16_bit_weights_are_packed_as_the_floats_they_are(level: str, dtype: tor
         assert torch.equal(*scores)
 
 
-@pytest.mark.parametrize("config", [TINY, WIDE], ids=["tiny", "wide"])
+@pytest.mark.parametrize("config", [TINY, WIDE, LONG], ids=["tiny", "wide", "long"])
 @pytest.mark.parametrize("level", [level.name for level in usable_levels()])
 def test_scores_are_those_of_the_exact_network(level: str, config: ModelConfig) -> None:
     ids = ids_for(config, 150)
@@ -128,12 +139,17 @@ def test_the_real_network_is_nearer_to_fp32_than_pytorchs_bf16(instruct_folder: 
 
 @pytest.mark.parametrize("is_int8", [False, True], ids=["bf16", "int8"])
 @pytest.mark.parametrize("level", [level.name for level in usable_levels()])
-def test_a_row_depends_on_no_other_row(level: str, is_int8: bool) -> None:
+@pytest.mark.parametrize("config", [WIDE, LONG], ids=["wide", "long"])
+def test_a_row_depends_on_no_other_row(level: str, is_int8: bool, config: ModelConfig) -> None:
     """Bit for bit: alone, in a batch of any size, with its prompt in one piece or in many."""
-    decoder = CompiledDecoder(model_of(WIDE), load_library(level), is_int8=is_int8)
-    cache = cache_for(decoder, WIDE)
-    ids = ids_for(WIDE, 120)
-    whole = all_scores(decoder, WIDE, ids)
+    decoder = CompiledDecoder(model_of(config), load_library(level), is_int8=is_int8)
+    cache = cache_for(decoder, config)
+    ids = ids_for(config, 120)
+    whole = all_scores(decoder, config, ids)
+    for count in (1, 2, 3, 5, 17):  # alone, and in steps that leave one row or few for themselves
+        spans = [Span(20 + slot, 0, 1) for slot in range(count)]
+        for scores in decoder.scores(cache, ids[:1] * count, spans, range(count)):
+            assert torch.equal(scores, whole[0])
     draw = random.Random(3)
     done = dict.fromkeys(range(1, 13), 0)  # the same tokens in 12 slots, each at its own pace
     while any(count < len(ids) for count in done.values()):
@@ -153,8 +169,11 @@ def test_a_row_depends_on_no_other_row(level: str, is_int8: bool) -> None:
             done[span.slot] = span.end
 
 
-def test_other_threads_give_the_same_bits() -> None:
-    decoder, ids = CompiledDecoder(model_of(WIDE), load_library()), ids_for(WIDE, 100)
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("level", [level.name for level in usable_levels()])
+def test_other_threads_give_the_same_bits(level: str, is_int8: bool) -> None:
+    decoder = CompiledDecoder(model_of(WIDE), load_library(level), is_int8=is_int8)
+    ids = ids_for(WIDE, 100)
     before = torch.get_num_threads()
     scores = []
     try:

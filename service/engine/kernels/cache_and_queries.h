@@ -1,13 +1,12 @@
 // What attention works on: a layer's keys and values, queries that look through one head of them, a thread's scratch.
 #pragma once
-#include <vector>
 #include "matrix.h"
 
 namespace smollm {
 
 constexpr int BLOCK_LENGTH = 64;  // positions of a block, `layouts.BLOCK_LENGTH`; pieces of 32 never leave theirs
 
-constexpr int MOST_HEAD_DIM = 256;  // `decoder.knows_shape`
+constexpr int LONGEST_HEAD_DIM = 256;  // as `decoder.py` says
 
 // Tiles take keys one position after the other, and only of this size.
 constexpr int TILED_HEAD_DIM = 64;
@@ -50,18 +49,6 @@ struct Queries {
 
     int end(int i) const { return start + (first + i) / group + 1; }
     int last() const { return end(count - 1); }
-};
-
-// What one thread needs; grows with the longest sequence seen.
-struct Scratch {
-    std::vector<float> scores, queries;
-    std::vector<uint16_t> weights;
-    alignas(64) float totals[Queries::MOST];
-    alignas(64) float mixed[Queries::MOST][64];
-    alignas(64) uint8_t query_tiles[Queries::MOST / BLOCK][2][TILE];
-    alignas(64) uint8_t value_tiles[8][4][TILE];
-    alignas(64) uint8_t tail[32 * 64 * 2];
-    alignas(64) float block[BLOCK][BLOCK];
 };
 
 inline void store_weight(float* to, Floats weight) { store(to, weight); }
