@@ -22,12 +22,29 @@ inline Words words_at(const uint8_t* row, int place) {
     return words - Words{};
 }
 
+// What is the same of all that sum floats, and of all that sum whole numbers.
+struct SumsOfFloats {
+    using Sums = Floats;
+    static constexpr int PLANES = 1, MOST_TILES = NO_LIMIT;
+
+    static Floats floats(const Sums* planes, const Matrix&, int) { return planes[0]; }
+    static Floats scaled(Floats result, const Matrix&, int, const Rows&, int) { return result; }
+};
+
+struct SumsOfWholeNumbers {
+    using Sums = Ints;
+    using Weights = Words;
+
+    static Floats scaled(Floats result, const Matrix& matrix, int output, const Rows& rows, int row) {
+        return result * (load<Floats>(matrix.scales + output) * rows.scales[row]);
+    }
+};
+
 #if HAS_BF16_PRODUCTS
 
-struct Arithmetic16 {
-    using Sums = Floats;
+struct Arithmetic16 : SumsOfFloats {
     using Weights = Words;
-    static constexpr int PLANES = 1, STEPS = 1, MOST_TILES = NO_LIMIT;
+    static constexpr int STEPS = 1;
 
     static Weights take_apart(Words weights, int) { return weights; }
 
@@ -42,18 +59,14 @@ struct Arithmetic16 {
         total = vbfdotq_f32(total, (bfloat16x8_t)weights, (bfloat16x8_t)input);
 #endif
     }
-
-    static Floats floats(const Sums* planes, const Matrix&, int) { return planes[0]; }
-    static Floats scaled(Floats result, const Matrix&, int, const Rows&, int) { return result; }
 };
 
 #else
 
 // Weights become floats, one after the other of a group; inputs are floats already.
-struct Arithmetic16 {
-    using Sums = Floats;
+struct Arithmetic16 : SumsOfFloats {
     using Weights = Floats;
-    static constexpr int PLANES = 1, STEPS = 2, MOST_TILES = NO_LIMIT;
+    static constexpr int STEPS = 2;
 
     static Weights take_apart(Words weights, int step) {
         return (Floats)(step == 0 ? weights << 16 : weights & 0xffff0000u);
@@ -64,9 +77,6 @@ struct Arithmetic16 {
     }
 
     static void add(Sums& total, Weights weights, Floats input) { total = multiply_add(weights, input, total); }
-
-    static Floats floats(const Sums* planes, const Matrix&, int) { return planes[0]; }
-    static Floats scaled(Floats result, const Matrix&, int, const Rows&, int) { return result; }
 };
 
 #endif
@@ -74,9 +84,7 @@ struct Arithmetic16 {
 #if HAS_INT8_PRODUCTS
 
 // A group at once, in each of the two planes.
-struct Arithmetic8 {
-    using Sums = Ints;
-    using Weights = Words;
+struct Arithmetic8 : SumsOfWholeNumbers {
     static constexpr int PLANES = 2, STEPS = 1, MOST_TILES = NO_LIMIT;
 
     static Weights take_apart(Words weights, int) { return weights; }
@@ -105,10 +113,6 @@ struct Arithmetic8 {
         };
         return whole(planes[0]) * 128.0f + whole(planes[1]);  // times a power of 2: exact, fused or not
     }
-
-    static Floats scaled(Floats result, const Matrix& matrix, int output, const Rows& rows, int row) {
-        return result * (load<Floats>(matrix.scales + output) * rows.scales[row]);
-    }
 };
 
 #else
@@ -131,9 +135,7 @@ inline Ints products(Words a, Words b) {
 
 // Weights become 16-bit numbers, the first and the third of a group, then the second and the fourth, which `Matrix::set`
 // has put there in the inputs' order.
-struct Arithmetic8 {
-    using Sums = Ints;
-    using Weights = Words;
+struct Arithmetic8 : SumsOfWholeNumbers {
     // What 1,024 inputs of at most 127 * 128 add up to with weights of at most 127 still fits 32 bits.
     static constexpr int PLANES = 1, STEPS = 2, MOST_TILES = 16;
 
@@ -149,10 +151,6 @@ struct Arithmetic8 {
     static void add(Sums& total, Weights weights, Words input) { total += products(weights, input); }
 
     static Floats floats(const Sums* planes, const Matrix&, int) { return __builtin_convertvector(planes[0], Floats); }
-
-    static Floats scaled(Floats result, const Matrix& matrix, int output, const Rows& rows, int row) {
-        return result * (load<Floats>(matrix.scales + output) * rows.scales[row]);
-    }
 };
 
 #endif

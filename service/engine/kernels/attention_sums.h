@@ -35,7 +35,7 @@ inline void score_some(const LayerCache& cache, const Queries& queries, const fl
         Floats some[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) some[v] = from_bf16(load<Halves>(keys[v] + e * SIDE));
-#pragma GCC unroll 6
+#pragma GCC unroll 4
         for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) sums[i][v] = multiply_add(some[v], splat(numbers[i * E + e]), sums[i][v]);
@@ -57,7 +57,7 @@ inline void mix_some(const LayerCache& cache, const Queries& queries, const floa
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++)
                 some[v] = VECTORS > 1 ? from_bf16(load<Halves>(values + v * LANES)) : load_bf16(values, wanted);
-#pragma GCC unroll 6
+#pragma GCC unroll 4
             for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
@@ -69,7 +69,8 @@ inline void mix_some(const LayerCache& cache, const Queries& queries, const floa
 }
 
 template <int COUNT>
-inline void attend_some(const LayerCache& cache, const Queries& queries, int first, RegisterScratch& scratch, float* const* out) {
+inline void attend_some(const LayerCache& cache, const Queries& queries, int first, RegisterScratch& scratch,
+                        float* const* out) {
     const int E = cache.head_dim, last = queries.end(first + COUNT - 1);
     const int padded = (last + BLOCK_LENGTH - 1) / BLOCK_LENGTH * BLOCK_LENGTH;
     const int row = padded + 32;  // not a power of two: rows would share cache lines' places

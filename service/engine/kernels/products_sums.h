@@ -1,6 +1,7 @@
 // Products without tiles: sums in registers, for as many rows at a time as there are registers, so that weights are read
 // and taken apart once for all of them.
 #pragma once
+#include <algorithm>
 #include "arithmetic.h"
 #include "registers.h"
 
@@ -26,8 +27,7 @@ inline void multiply_some(const Matrix& matrix, const Rows& rows, int first, int
     using Sums = typename Arithmetic::Sums;
     for (int left = 0; left < PARTS; left += TOGETHER)
         for (int begin = 0; begin < matrix.num_k_tiles; begin += Arithmetic::MOST_TILES) {
-            const int some = matrix.num_k_tiles - begin;
-            const int end = begin + (some < Arithmetic::MOST_TILES ? some : Arithmetic::MOST_TILES);
+            const int end = std::min(begin + Arithmetic::MOST_TILES, matrix.num_k_tiles);
             const uint8_t* weights = matrix.pair(pair) + begin * 2 * TILE;
             Sums totals[COUNT][PLANES][TOGETHER] = {};
             for (int k = begin; k < end; k++, weights += 2 * TILE) {
@@ -40,7 +40,7 @@ inline void multiply_some(const Matrix& matrix, const Rows& rows, int first, int
 #pragma GCC unroll 8
                         for (int part = 0; part < TOGETHER; part++)
                             apart[part] = Arithmetic::take_apart(weights_of(weights, group, left + part), step);
-#pragma GCC unroll 12
+#pragma GCC unroll 8
                         for (int row = 0; row < COUNT; row++)
 #pragma GCC unroll 2
                             for (int plane = 0; plane < PLANES; plane++) {

@@ -40,6 +40,7 @@ inline void store(void* to, const Vector& vector) {
 
 inline Floats splat(float value) { return value - Floats{}; }
 inline Floats as_floats(Words bits) { return (Floats)bits; }
+
 // a * b + c, rounded once where the machine can: left to the compiler, it might differ between two copies of one loop.
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)

@@ -229,7 +229,7 @@ def test_the_text_holds_every_bit(num_top: int) -> None:
 @pytest.mark.weights
 def test_the_real_weights_are_scored_as_transformers_does(instruct_folder: Path) -> None:
     """In fp32 to 1e-4; by the 16-bit kernels within what their rounding makes of the scores: 0.02 in the mean, up
-    to 0.6 for the one token in a thousand where it shows most."""
+    to 0.5 for the one token in a thousand where it shows most."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(2)
@@ -241,7 +241,7 @@ def test_the_real_weights_are_scored_as_transformers_does(instruct_folder: Path)
     prompts = [tokenizer.encode(text)[start : start + 300] for start in (0, 900)] + [tokenizer.encode("Tokyo is the")]
     engines = [
         (Engine(exact_model, tokenizer, num_slots=4, max_cached_tokens=4_000, prefill_chunk=100), 1e-4, 1e-4),
-        (Engine(served, tokenizer, num_slots=4, max_cached_tokens=4_000, network=network.value), 0.03, 1.0),
+        (Engine(served, tokenizer, num_slots=4, max_cached_tokens=4_000, network=network.value), 0.03, 0.5),
     ]
     for engine, mean_limit, limit in engines:
         jobs = [job(ids, str(place), logprobs=3) for place, ids in enumerate(prompts)]
